@@ -1,0 +1,433 @@
+"""BraTS cases: finding, reading, normalising, augmenting, writing. Section 3.4, and section 4 for the crop and the folds.
+
+In memory every volume is LPS (axis 0 towards the patient's left, 1 posterior, 2 superior), BraTS's own orientation, whatever
+the file's is; channels are t1, t1ce, t2, flair; regions are ET, TC, WT, the order of the paper's tables.
+The file stands alone: PyTorch, NumPy and nibabel. As a command it checks a cohort:
+
+    python data.py DIR
+"""
+
+import argparse
+import os
+import re
+import sys
+import tempfile
+import time
+import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple
+
+import nibabel as nib
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+REGIONS = ("ET", "TC", "WT")
+
+
+class InputError(ValueError):
+    """What the user can mend. The message is one line: file or flag, what was found, what was expected, what to do."""
+
+
+# ---- cases ------------------------------------------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    name: str       # BraTS2021_00000, BraTS-GLI-00000-000
+    patient: str    # the name, less the time point in BraTS 2023 and later
+    images: tuple   # four paths: t1, t1ce, t2, flair; each where it should be, whether or not it is there
+    label: Path     # or None
+    et_label: int   # the label of the enhancing tumour: 4, or 3 in BraTS 2023 and later
+
+
+# The generations differ in their files' names: (separator, the four modalities, ET's label)
+GENERATIONS = {
+    "BraTS 2018-2021": ("_", ("t1", "t1ce", "t2", "flair"), 4),
+    "BraTS 2023 and later": ("-", ("t1n", "t1c", "t2w", "t2f"), 3),
+}
+
+
+def find_cases(root):
+    """The cases anywhere below the folder `root`, sorted by name; nothing is read but folder listings.
+
+    A case is what shares a folder and a prefix: <case>_t1.nii.gz and so on, .nii or .nii.gz. One unmatched *seg*.nii* beside a
+    case is its segmentation (BraTS20_Training_355 has such a name). Raises InputError for no case and for a name found twice.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder{_HOW_TO_GET_DATA}")
+    cases = {}
+    seen = set()
+    for folder, subfolders, files in os.walk(root, followlinks=True):    # data sets are often folders of links
+        if os.path.realpath(folder) in seen:
+            subfolders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        for case in _cases_of_folder(Path(folder), sorted(file for file in files if not file.startswith("."))):
+            if case.name in cases:
+                raise InputError(f"{folder}: case {case.name} is also in {cases[case.name].images[0].parent}, expected each case once")
+            cases[case.name] = case
+    if not cases:
+        raise InputError(f"{root}: no case found{_HOW_TO_GET_DATA}")
+    return [cases[name] for name in sorted(cases)]
+
+
+_HOW_TO_GET_DATA = (
+    ", expected folders such as BraTS2021_00000 with BraTS2021_00000_{t1,t1ce,t2,flair,seg}.nii.gz; BraTS 2021 is free after "
+    "registration at https://www.synapse.org/brats2021, or make a synthetic cohort: python examples/phantom.py data/phantom"
+)
+
+
+def _cases_of_folder(folder, files):
+    for separator, modalities, et_label in GENERATIONS.values():
+        pattern = re.compile(rf"(.+){separator}({'|'.join(modalities)}|seg)\.nii(?:\.gz)?")
+        found = {}    # prefix -> {modality: path}
+        for file in files:
+            match = pattern.fullmatch(file)
+            if match:
+                found.setdefault(match[1], {})[match[2]] = folder / file
+        for name, paths in found.items():
+            images = tuple(paths.get(m, folder / f"{name}{separator}{m}.nii.gz") for m in modalities)
+            unmatched = [f for f in files if re.search(r"seg.*\.nii", f.lower()) and not pattern.fullmatch(f)]
+            if "seg" not in paths and len(found) == 1 and len(unmatched) == 1:
+                paths["seg"] = folder / unmatched[0]
+            patient = re.sub(r"-\d+$", "", name) if et_label == 3 else name
+            yield Case(name, patient, images, paths.get("seg"), et_label)
+
+
+def describe(cases):
+    """One line about a cohort: cases, patients, generation, ET's label."""
+    labels = {case.et_label for case in cases}
+    names = " and ".join(f"{name} (ET is label {et})" for name, (_, _, et) in GENERATIONS.items() if et in labels)
+    cavity = "; its label 4, the resection cavity of 2024, counts as background" if 3 in labels else ""
+    return f"{len(cases)} cases of {len({case.patient for case in cases})} patients, file names of {names}{cavity}"
+
+
+def split_folds(cases, folds=5, seed=0):
+    """The folds' validation lists, a partition of `cases`. All time points of a patient are in one fold.
+
+    Paper: "our own 5-fold splits", not published. Here: patients in the order of a hash of seed and name, dealt out in turn.
+    Why: the split depends on names and seed alone, not on a library's random generator.
+    Raises InputError for fewer patients than folds.
+    """
+    patients = sorted({case.patient for case in cases}, key=lambda patient: sha256(f"{seed} {patient}".encode()).digest())
+    if len(patients) < folds:
+        raise InputError(f"--folds {folds}: the cohort has {len(patients)} patients, expected at least one a fold")
+    fold_of = {patient: i % folds for i, patient in enumerate(patients)}
+    return [[case for case in cases if fold_of[case.patient] == fold] for fold in range(folds)]
+
+
+# ---- reading and writing ----------------------------------------------------------------------------------------------
+
+
+def _to_lps(affine):
+    """The nibabel orientation transform from a file's axes to LPS."""
+    return nib.orientations.ornt_transform(nib.io_orientation(affine), nib.orientations.axcodes2ornt("LPS"))
+
+
+def read_volume(path):
+    """A 3-D NIfTI -> array (D, H, W) in LPS, its dtype the file's, and its LPS affine. Raises InputError."""
+    if not os.path.exists(path):
+        raise InputError(f"{path}: no such file, expected the case's four modalities beside each other")
+    try:
+        image = nib.load(path)
+        shape = image.shape
+        volume = image.as_reoriented(_to_lps(image.affine)) if len(shape) == 3 else None
+        array = np.asarray(volume.dataobj) if volume else None
+    except Exception as error:    # nibabel, gzip and zlib each raise their own kinds for a damaged file
+        raise InputError(f"{path}: cannot be read ({' '.join(str(error).split()) or type(error).__name__}), "
+                         "expected a NIfTI volume; the file is damaged or incomplete, fetch it again") from None
+    if volume is None:
+        raise InputError(f"{path}: shape {shape}, expected three axes: one volume a file")
+    return array, volume.affine
+
+
+def read_labels(path, et_label):
+    """A BraTS segmentation (uint8, int16 or float) -> uint8 tensor (D, H, W) in LPS, and its affine. Raises InputError."""
+    array, affine = read_volume(path)
+    allowed = (0, 1, 2, 4) if et_label == 4 else (0, 1, 2, 3, 4)
+    with np.errstate(invalid="ignore"):
+        labels = array.astype(np.uint8)
+    wrong = (labels != array) | ~np.isin(labels, allowed)
+    if wrong.any():
+        found = ", ".join(f"{value:g}" for value in np.unique(array[wrong])[:3])
+        raise InputError(f"{path}: has label {found}, expected {', '.join(map(str, allowed))}: the file names' generation has no other")
+    return torch.from_numpy(labels), affine
+
+
+def load_case(case):
+    """Reads a case: image (4, D, H, W) float32 as stored, target (3, D, H, W) bool or None without a segmentation, affine (4, 4).
+
+    Raises InputError for a missing or damaged file, volumes of different shapes or affines, NaN or infinite voxels, a modality
+    of all zeros, and labels outside the generation's set.
+    """
+    image, affine = None, None
+    for channel, path in enumerate(case.images):
+        volume, volume_affine = read_volume(path)
+        if image is None:
+            image, affine = torch.empty(4, *volume.shape), volume_affine
+        _check_same_grid(path, volume.shape, volume_affine, case.images[0], image.shape[1:], affine)
+        image[channel] = torch.from_numpy(volume.astype(np.float32))
+        if not image[channel].isfinite().all():
+            raise InputError(f"{path}: has NaN or infinite voxels, expected numbers")
+        if not image[channel].any():
+            raise InputError(f"{path}: all voxels are zero, expected a brain")
+    if case.label is None:
+        return image, None, affine
+    labels, label_affine = read_labels(case.label, case.et_label)
+    _check_same_grid(case.label, labels.shape, label_affine, case.images[0], image.shape[1:], affine)
+    return image, labels_to_regions(labels, case.et_label), affine
+
+
+def _check_same_grid(path, shape, affine, other_path, other_shape, other_affine):
+    if tuple(shape) != tuple(other_shape):
+        raise InputError(f"{path}: shape {tuple(shape)}, expected {tuple(other_shape)} as in {other_path}")
+    if not np.allclose(affine, other_affine, atol=1e-2):
+        raise InputError(f"{path}: its affine differs from that of {other_path}, expected one space for all files of a case")
+
+
+def save_volume(path, volume, like):
+    """Writes a volume in LPS, (D, H, W) labels or (3, D, H, W) maps, as the file `like` is: its orientation, affine and units.
+
+    The dtype is the volume's; maps become X, Y, Z, 3. Written beside and renamed, so that `path` is never half a file.
+    """
+    like, path = nib.load(like), Path(path)
+    array = np.moveaxis(np.asarray(volume), 0, -1) if volume.ndim == 4 else np.asarray(volume)
+    from_lps = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("LPS"), nib.io_orientation(like.affine))
+    array = nib.orientations.apply_orientation(array, from_lps)
+    header = like.header.copy()
+    header.set_data_shape(array.shape)
+    header.set_data_dtype(array.dtype)
+    header["cal_min"] = header["cal_max"] = 0    # the display range of `like` means nothing here
+    beside = path.with_name(f".{path.name.removesuffix('.nii.gz')}.{os.getpid()}.nii.gz")
+    try:
+        nib.save(nib.Nifti1Image(array, like.affine, header), beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+# ---- labels <-> regions -----------------------------------------------------------------------------------------------
+
+
+def labels_to_regions(labels, et_label=4):
+    """Labels (..., D, H, W): 1 necrotic core, 2 oedema, `et_label` enhancing -> nested regions (..., 3, D, H, W) bool: ET, TC, WT."""
+    et = labels == et_label
+    tc = et | (labels == 1)
+    wt = tc | (labels == 2)
+    return torch.stack([et, tc, wt], dim=-4)
+
+
+def regions_to_labels(regions, et_label=4):
+    """Regions (3, D, H, W) bool: ET, TC, WT -> labels (D, H, W) uint8, painted in the order WT, TC, ET."""
+    et, tc, wt = regions
+    labels = wt.to(torch.uint8) * 2
+    labels[tc] = 1
+    labels[et] = et_label
+    return labels
+
+
+# ---- section 3.4: normalisation and augmentation ----------------------------------------------------------------------
+
+
+def normalize(image):
+    """Zero mean and unit (population) sd for each channel "based on non-zero voxels only"; zeros stay zero. (C, D, H, W) float32.
+
+    On the whole volume, before any crop, so that training and prediction see the same numbers.
+    """
+    image = image.clone()
+    for channel in image:
+        brain = channel != 0
+        voxels = channel[brain]
+        if len(voxels):
+            channel[brain] = (voxels - voxels.mean()) / voxels.std(correction=0).clamp_min(1e-8)
+    return image
+
+
+def case_generator(seed, epoch, name):
+    """The one random generator of a sample: what it looks like depends on seed, epoch and the case's name, on nothing else."""
+    state = np.random.SeedSequence((seed, epoch, zlib.crc32(name.encode()))).generate_state(1)[0]
+    return torch.Generator().manual_seed(int(state))
+
+
+def pad_to(volume, size):
+    """Zeros around (C, D, H, W), half on either side, until no side is smaller than `size`."""
+    missing = [max(s - n, 0) for s, n in zip(size, volume.shape[1:])]
+    return F.pad(volume, [p for m in reversed(missing) for p in (m // 2, m - m // 2)])    # F.pad counts axes from the last
+
+
+def random_crop(image, target, size, generator):
+    """The same random box of `size` out of image (4, D, H, W) and target (3, D, H, W), zero-padded where the volume is smaller."""
+    image, target = pad_to(image, size), pad_to(target, size)
+    d, h, w = (int(torch.randint(n - s + 1, (), generator=generator)) for n, s in zip(image.shape[1:], size))
+    box = (slice(None), slice(d, d + size[0]), slice(h, h + size[1]), slice(w, w + size[2]))
+    return image[box], target[box]
+
+
+def random_flip(image, target, generator):
+    """"A random axis mirror flip (for all 3 axes) with a probability 0.5", before the crop is copied into two views."""
+    axes = [axis for axis in (1, 2, 3) if torch.rand((), generator=generator) < 0.5]
+    return image.flip(axes), target.flip(axes)
+
+
+def augment(images, targets, generator):
+    """Both views of a crop, each augmented by itself: affine, then intensity. Where the batch is, CPU or GPU.
+
+    images: (B, 4, D, H, W) float32, normalised, zero outside the brain. targets: (B, 3, D, H, W) bool. generator: on the same device.
+    Paper: "intensity modifications or spatial transforms". Here: the affine first. Why: it would smooth noise drawn before it.
+    """
+    images, targets = random_affine(images, targets, generator)
+    return random_intensity(images, generator), targets
+
+
+def random_affine(images, targets, generator):
+    """Rotation by up to 0.1 rad about each axis and isotropic scaling by 0.9 to 1.1, about the centre; drawn once a view.
+
+    Paper: no ranges. Here: both views move, so 90 voxels from the centre they differ by about 13 voxels (rms).
+    Why: less than one cell of the 16-voxel pooling, so that pooled cells still pair up (section 3.1).
+    Images are sampled linearly, targets by nearest neighbour, both with zeros from outside.
+    """
+    u = 2 * torch.rand(len(images), 4, generator=generator, device=generator.device) - 1    # (B, 4) in [-1, 1)
+    (cx, cy, cz), (sx, sy, sz) = torch.cos(0.1 * u[:, :3]).T, torch.sin(0.1 * u[:, :3]).T
+    one, zero = torch.ones_like(cx), torch.zeros_like(cx)
+    rx = torch.stack([one, zero, zero, zero, cx, -sx, zero, sx, cx], -1).view(-1, 3, 3)
+    ry = torch.stack([cy, zero, sy, zero, one, zero, -sy, zero, cy], -1).view(-1, 3, 3)
+    rz = torch.stack([cz, -sz, zero, sz, cz, zero, zero, zero, one], -1).view(-1, 3, 3)
+    matrix = rx @ ry @ rz / (1 + 0.1 * u[:, 3]).view(-1, 1, 1)    # (B, 3, 3), output voxel -> input voxel, axes W, H, D
+    # affine_grid counts in half sides of the volume: a voxel step along axis j is 2/n_j there.
+    n = torch.tensor(images.shape[:1:-1], device=matrix.device)    # W, H, D
+    theta = F.pad(matrix * n / n.view(3, 1), (0, 1))    # (B, 3, 4), no translation
+    grid = F.affine_grid(theta, images.shape, align_corners=False)    # (B, D, H, W, 3)
+    images = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    moved = F.grid_sample(targets.to(images.dtype), grid, mode="nearest", padding_mode="zeros", align_corners=False)
+    return images, moved.to(targets.dtype)
+
+
+def random_intensity(images, generator):
+    """For each view and channel by itself; background stays zero. (B, 4, D, H, W) float32, same shape back.
+
+    Paper: "intensity modifications". Here: blur, sd U(0.5, 1) voxels, p 0.2; scale by U(0.7, 1.3), p 0.5; shift by U(-0.1, 0.1), p 0.5;
+    noise, sd U(0, 0.1), p 0.2. Why: adapted from the authors' later open code; noise comes last, or the blur would remove it.
+    """
+    brain = images != 0
+    images = images.clone()
+    draws = torch.rand(*images.shape[:2], 8, generator=generator, device=generator.device).tolist()
+    for channels, channels_draws in zip(images, draws):
+        for channel, u in zip(channels, channels_draws):    # (D, H, W) and eight numbers in [0, 1)
+            if u[0] < 0.2:
+                channel.copy_(gaussian_blur(channel, 0.5 + 0.5 * u[1]))
+            if u[2] < 0.5:
+                channel.mul_(0.7 + 0.6 * u[3])
+            if u[4] < 0.5:
+                channel.add_(-0.1 + 0.2 * u[5])
+            if u[6] < 0.2:
+                channel.add_(torch.randn(channel.shape, generator=generator, device=channel.device), alpha=0.1 * u[7])
+    return images * brain
+
+
+def gaussian_blur(volume, sd):
+    """(D, H, W) smoothed by a Gaussian of `sd` voxels (cut off at 4 voxels), one axis after the other, with zeros from outside."""
+    x = torch.arange(-4, 5, device=volume.device)
+    kernel = torch.exp(-(x**2) / (2 * sd**2))
+    kernel = kernel / kernel.sum()
+    volume = volume[None, None]    # (1, 1, D, H, W)
+    for shape in ((9, 1, 1), (1, 9, 1), (1, 1, 9)):
+        volume = F.conv3d(volume, kernel.view(1, 1, *shape), padding=tuple(n // 2 for n in shape))
+    return volume[0, 0]
+
+
+# ---- what commands share ----------------------------------------------------------------------------------------------
+
+
+def show_progress(what, done, total, start):
+    """In a terminal, one line that rewrites itself: count, rate, time left. In a log, nothing. `start` is a time.monotonic()."""
+    if sys.stdout.isatty():
+        rate = done / max(time.monotonic() - start, 1e-9)
+        left = time.strftime("%H:%M:%S", time.gmtime((total - done) / rate)) if done else "?"
+        print(f"\r{what} {done}/{total}, {rate:.2f}/s, {left} left\033[K", end="\r\033[K" if done == total else "", flush=True)
+
+
+def make_folder(path):
+    """Makes a folder to write into and tries it, before any work is done for it. Raises InputError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise InputError(f"--out {path}: cannot be written ({error.strerror}), expected a folder on a disk with room") from None
+
+
+def exit_with(error, rank=0):
+    """Ends a command for an InputError or OSError: one line, exit code 2. Under torchrun every rank meets it and rank 0 prints it."""
+    if rank:
+        time.sleep(10)    # torchrun ends the other ranks when the first one leaves: let that be the one that prints
+    elif isinstance(error, OSError):
+        error = f"{error.filename or 'output'}: {error.strerror or error}, expected a disk that can be written and has room"
+    if not rank:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+# ---- the command ------------------------------------------------------------------------------------------------------
+
+
+def check_case(case):
+    """What the cohort's report needs of a case; the InputError itself where it cannot be used."""
+    try:
+        image, target, affine = load_case(case)
+    except InputError as error:
+        return error
+    spacing = "x".join(f"{side:g}" for side in np.round(nib.affines.voxel_sizes(affine), 3))
+    voxels = None if target is None else target.sum((1, 2, 3)).tolist()
+    return "x".join(map(str, image.shape[1:])), spacing, float((image == 0).float().mean()), voxels
+
+
+def check_cohort(root):
+    """Reads every case below `root` and prints a report. Returns the number of cases that cannot be used."""
+    cases = find_cases(root)
+    print(f"{root}: {describe(cases)}")
+    start, results = time.monotonic(), []
+    with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:    # unpacking, most of the work, releases the interpreter lock
+        for result in pool.map(check_case, cases):
+            results.append(result)
+            show_progress("checking", len(results), len(cases), start)
+    good = [result for result in results if not isinstance(result, InputError)]
+    shapes, spacings, zeros, voxels = zip(*good) if good else ((), (), (), ())
+    labelled = [v for v in voxels if v is not None]
+    counts = {"shape": Counter(shapes), "spacing, mm": Counter(spacings)}
+    for what, counter in counts.items():
+        print(f"  {what:<16}" + ", ".join(f"{value} ({n})" for value, n in counter.most_common(5)) + (" ..." if len(counter) > 5 else ""))
+    print(f"  {'segmentation':<16}{sum(case.label is not None for case in cases)} of {len(cases)}")
+    for region, sizes in zip(REGIONS, zip(*labelled)):
+        print(f"  {region + ', voxels':<16}{np.mean(sizes):,.0f} on average, empty in {sizes.count(0)} of {len(sizes)}")
+        if not any(sizes):
+            print(f"  warning: {region} is empty in every case; are these BraTS labels, and of this generation?")
+    stripped = [case.name for case, result in zip(cases, results) if not isinstance(result, InputError) and result[2] < 0.05]
+    if stripped:
+        print(f"  warning: almost no voxel is zero in {len(stripped)} cases ({', '.join(stripped[:3])}); expected skull-stripped brains on zeros")
+    try:
+        print(f"  {'5 folds, seed 0':<16}" + ", ".join(str(len(fold)) for fold in split_folds(cases)) + " cases for validation")
+    except InputError as error:
+        print(f"  {'5 folds, seed 0':<16}none: {error}")
+    failures = [result for result in results if isinstance(result, InputError)]
+    for failure in failures:
+        print(f"  error: {failure}")
+    print(f"{len(failures)} of {len(cases)} cases cannot be used" if failures else f"all {len(cases)} cases can be read")
+    return len(failures)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Checks a BraTS cohort.")
+    parser.add_argument("root", type=Path, metavar="DIR", help="searched for cases, with all folders below it")
+    args = parser.parse_args()
+    try:
+        failures = check_cohort(args.root)
+    except InputError as error:
+        exit_with(error)
+    sys.exit(1 if failures else 0)
+
+
+if __name__ == "__main__":
+    main()

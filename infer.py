@@ -1,0 +1,314 @@
+"""Prediction, segmentations, Dice, HD95 and the tables: section 4.
+
+    python infer.py CASE_OR_COHORT ... --checkpoints runs/fold*/best.pt [--out predictions]      # ensembled as in section 3.2
+    python infer.py data/BraTS2021_Training_Data --checkpoints runs/fold*/best.pt --held-out     # Table 2: each case by the fold that never saw it
+    torchrun --nproc_per_node=4 infer.py ...                                                     # the cases shared out over four GPUs
+    python infer.py --score PREDICTIONS --truth COHORT                                           # anybody's folder of <case>.nii.gz
+
+Writes OUT/<case>.nii.gz, labels as the challenge server takes them, and with --probabilities OUT/probabilities/<case>.nii.gz, float32,
+X, Y, Z, 3 in ET, TC, WT. Cases with a segmentation are scored: a row each in OUT.csv, and a closing table. A case whose output exists
+is not predicted again, but scored. Exit code 0: done, 1: some cases failed (listed at the end), 2: a mistake in the call.
+"""
+
+import argparse
+import csv
+import itertools
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from scipy import ndimage
+
+from data import (REGIONS, InputError, describe, exit_with, find_cases, labels_to_regions, load_case, make_folder, normalize, pad_to,
+                  read_labels, regions_to_labels, save_volume, show_progress)
+from ensemble import METHODS
+from segresnet import SegResNet
+
+HD95_ONE_EMPTY = 373.13    # mm, BraTS's penalty, about the diagonal of its volume
+
+
+# ---- prediction -------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def predict(model, image, roi=(192, 192, 144), flips=False):
+    """A whole case to probabilities: (4, D, H, W) normalised, zero outside the brain -> (3, D, H, W) float32 on the image's device.
+
+    Paper: silent on prediction. Here: a window of the training crop's size over the brain's bounding box; an axis that exceeds it by up
+    to 16 voxels grows to the next multiple of 8; beyond that, half-overlapping windows blended with a Gaussian. Zero outside the
+    windows; a volume smaller than the window is padded with zeros as in training.
+    Why: instance norm's statistics depend on the window, so it is that of training; a brain fits it as a rule.
+    flips: the mean over all 8 mirrorings. The model runs on its own device, under whatever autocast is on outside.
+    """
+    device = next(model.parameters()).device
+    windows = [axis_windows(lo, hi, n, side) for (lo, hi), n, side in zip(brain_box(image), image.shape[1:], roi)]
+    size = tuple(side for _, side in windows)
+    padded = pad_to(image, size)
+    weights = gaussian_window(size).to(image.device)
+    probabilities = torch.zeros(3, *padded.shape[1:], device=image.device)
+    total = torch.zeros(padded.shape[1:], device=image.device)
+    for corner in itertools.product(*(starts for starts, _ in windows)):
+        box = tuple(slice(start, start + side) for start, side in zip(corner, size))
+        x = padded[(slice(None), *box)].to(device)[None]    # (1, 4, *size)
+        p = torch.zeros(3, *size, device=device)
+        mirrorings = [axes for k in range(4) for axes in itertools.combinations((2, 3, 4), k)] if flips else [()]
+        for axes in mirrorings:
+            p += torch.sigmoid(model(x.flip(axes)).float()).flip(axes)[0] / len(mirrorings)
+        probabilities[(slice(None), *box)] += p.to(image.device) * weights
+        total[box] += weights
+    probabilities /= total.clamp_min(torch.finfo().tiny)    # outside the windows 0 / tiny = 0
+    undo = tuple(slice((m - n) // 2, (m - n) // 2 + n) for m, n in zip(padded.shape[1:], image.shape[1:]))
+    return probabilities[(slice(None), *undo)]
+
+
+def brain_box(image):
+    """[(first, last + 1)] along D, H and W of the voxels of (C, D, H, W) that are not zero in all channels; the volume's if all are."""
+    brain = image.any(0)
+    box = []
+    for axis in range(3):
+        inside = brain.any(tuple({0, 1, 2} - {axis})).nonzero()
+        box.append((int(inside[0]), int(inside[-1]) + 1) if len(inside) else (0, brain.shape[axis]))
+    return box
+
+
+def axis_windows(lo, hi, n, side):
+    """Where windows start along one axis of `n` voxels with the brain in [lo, hi), in the padded volume; and how long they are."""
+    extent = hi - lo
+    if side < extent <= side + 16:
+        side = math.ceil(extent / 8) * 8
+    if n <= side:
+        return [0], side    # the padded axis is the window
+    if extent <= side:
+        return [min(max((lo + hi - side) // 2, 0), n - side)], side    # centred on the brain, within the volume
+    return [lo + min(i * (side // 2), extent - side) for i in range(math.ceil((extent - side) / (side // 2)) + 1)], side
+
+
+def gaussian_window(size):
+    """Blending weights of one window, `size`: a Gaussian with sd side/8 and maximum 1, at least 1e-3."""
+    weights = torch.ones(())
+    for side in size:
+        x = torch.arange(side) - (side - 1) / 2
+        weights = weights[..., None] * torch.exp(-(x**2) / (2 * (side / 8) ** 2))
+    return weights.clamp_min(1e-3)
+
+
+# ---- scores -----------------------------------------------------------------------------------------------------------
+
+
+def dice(prediction, truth):
+    """2 |A and B| / (|A| + |B|) of two masks of one shape, bool; both empty 1, one empty 0, BraTS's convention."""
+    size = int(prediction.sum()) + int(truth.sum())
+    return 2 * int((prediction & truth).sum()) / size if size else 1.0
+
+
+def hausdorff95(prediction, truth, spacing=(1.0, 1.0, 1.0)):
+    """The 95 % Hausdorff distance in mm of two bool masks (D, H, W), `spacing` in mm; both empty 0, one empty 373.13.
+
+    The larger of the two directed 95th percentiles (linear) of the distances from one mask's surface voxels to the other's. Surface:
+    the mask minus its 6-connected erosion; what lies outside the volume counts as background.
+    """
+    prediction, truth = np.asarray(prediction), np.asarray(truth)
+    if not prediction.any() or not truth.any():
+        return 0.0 if prediction.any() == truth.any() else HD95_ONE_EMPTY
+    box = ndimage.find_objects((prediction | truth).astype(np.uint8))[0]    # both surfaces lie in it, so distances stay exact
+    surfaces = [mask & ~ndimage.binary_erosion(mask) for mask in (prediction[box], truth[box])]
+    directed = []
+    for here, there in (surfaces, surfaces[::-1]):
+        distance = ndimage.distance_transform_edt(~there, sampling=spacing)    # of each voxel to the nearest of `there`
+        directed.append(np.percentile(distance[here], 95))
+    return float(max(directed))
+
+
+def score(labels, truth, et_label, spacing):
+    """Painted labels (D, H, W) against regions (3, D, H, W): [Dice of ET, TC, WT, then HD95 in mm of ET, TC, WT]."""
+    regions = labels_to_regions(labels, et_label)
+    return [dice(p, t) for p, t in zip(regions, truth)] + [hausdorff95(p, t, spacing) for p, t in zip(regions, truth)]
+
+
+COLUMNS = [f"dice_{region.lower()}" for region in REGIONS] + [f"hd95_{region.lower()}" for region in REGIONS]
+
+
+def write_csv(path, rows):
+    """Dicts of one set of keys -> CSV; written beside and renamed."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(beside, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def print_table(rows):
+    """The scores in the form of the paper's Tables 2 and 3: a line a fold (if cases have one) and the mean over all cases.
+
+    The paper does not explain its +-, about 0.01. Here: the sd over cases, which is larger.
+    """
+    print(f"\n{'':<12}{'Dice':<48}Hausdorff95, mm")
+    print(f"{'':<12}" + "".join(f"{region:<16}" for region in REGIONS * 2) + "cases")
+    folds = sorted({row["fold"] for row in rows}, key=str)
+    groups = [(f"fold {fold}", [row for row in rows if row["fold"] == fold]) for fold in folds if fold != ""]
+    for name, group in [*groups, ("mean", rows)]:
+        values = np.array([[float(row[column]) for column in COLUMNS] for row in group])
+        cells = [f"{m:.4f} ± {s:.3f}" for m, s in zip(values.mean(0), values.std(0))]
+        print(f"{name:<12}" + "".join(f"{cell:<16}" for cell in cells) + str(len(group)))
+    print("(mean ± sd over cases)")
+
+
+# ---- the command ------------------------------------------------------------------------------------------------------
+
+
+def load_checkpoint(path):
+    """A checkpoint that `train.py` wrote: dict of tensors, numbers and strings. Nothing in it is executed. Raises InputError."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        settings = checkpoint["settings"]
+        model = SegResNet(filters=settings["filters"], norm=settings["norm"])
+        model.load_state_dict(checkpoint["model"])
+        checkpoint["model"] = model.eval()
+        checkpoint["roi"] = tuple(settings["crop"])
+        return checkpoint
+    except FileNotFoundError:
+        raise InputError(f"--checkpoints {path}: no such file, expected best.pt or last.pt of a run of train.py") from None
+    except Exception as error:    # torch.load raises whatever its unpickler and zip reader meet
+        found = " ".join(str(error).split())[:200]
+        raise InputError(f"--checkpoints {path}: not a checkpoint of train.py's for 4 channels and 3 regions ({type(error).__name__}: {found})") from None
+
+
+def predict_case(case, checkpoints, args):
+    """Predicts, ensembles, paints and writes one case. The label file comes last: where it exists, the case is finished."""
+    image, _, _ = load_case(case._replace(label=None))
+    image = normalize(image)
+    maps = torch.stack([predict(checkpoint["model"], image, checkpoint["roi"], args.flips) for checkpoint in checkpoints])
+    probabilities = METHODS[args.ensemble](maps)    # (N, 3, D, H, W) -> (3, D, H, W)
+    if args.probabilities:
+        save_volume(args.out / "probabilities" / f"{case.name}.nii.gz", probabilities.numpy(), case.images[0])
+    labels = regions_to_labels(probabilities > 0.5, case.et_label)
+    save_volume(args.out / f"{case.name}.nii.gz", labels.numpy(), case.images[0])
+
+
+def score_case(case, path):
+    """The scores of the label map `path` against the case's segmentation, both read in LPS."""
+    truth, affine = read_labels(case.label, case.et_label)
+    labels, labels_affine = read_labels(path, case.et_label)
+    if labels.shape != truth.shape or not np.allclose(labels_affine, affine, atol=1e-2):
+        raise InputError(f"{path}: shape {tuple(labels.shape)} or its affine differs from {case.label} with {tuple(truth.shape)}")
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    return score(labels, labels_to_regions(truth, case.et_label), case.et_label, spacing)
+
+
+def run(args, rank, world):
+    """Predicts and scores this rank's share of the cases; rank 0 prints and writes the scores. Returns the number of failed cases."""
+    cases, checkpoints = find_all(args.cases if args.score is None else [args.truth]), []
+    if args.score is None:
+        checkpoints = [load_checkpoint(path) for path in args.checkpoints]
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+        for checkpoint in checkpoints:
+            checkpoint["model"].to(device)
+        chosen = {case.name: [c for c in checkpoints if not args.held_out or case.name in c["val_cases"]] for case in cases}
+        cases = [case for case in cases if chosen[case.name]]
+        if not cases:
+            raise InputError("--held-out: none of the cases is in a checkpoint's val_cases, expected the cohort it was trained on")
+        make_folder(args.out / "probabilities" if args.probabilities else args.out)
+        folder = args.out
+    else:
+        cases, folder = [case for case in cases if case.label], args.score
+        if not cases:
+            raise InputError(f"--truth {args.truth}: no case has a segmentation, expected <case>_seg.nii.gz beside its images")
+    if rank == 0:
+        print(describe(cases) + (f"; {len(checkpoints)} checkpoints, ensemble: {args.ensemble}" if checkpoints else ""), flush=True)
+        seen = sum(any(case.name in c["train_cases"] for c in chosen[case.name]) for case in cases) if checkpoints else 0
+        if seen:
+            print(f"warning: {seen} cases were trained on by a checkpoint that predicts them; --held-out would leave it out", flush=True)
+
+    rows, failures, kept, start = [], [], 0, time.monotonic()
+    share = cases[rank::world]
+    for i, case in enumerate(share, 1):
+        path = folder / f"{case.name}.nii.gz"
+        try:
+            if checkpoints:
+                maps = args.out / "probabilities" / path.name
+                finished = path.exists() and (maps.exists() or not args.probabilities) and not args.overwrite
+                kept += finished
+                if not finished:
+                    predict_case(case, chosen[case.name], args)
+            if case.label:
+                fold = "/".join(sorted({str(c["settings"]["fold"]) for c in chosen[case.name]})) if args.held_out else ""
+                scores = [f"{value:.6g}" for value in score_case(case, path)]
+                rows.append({"case": case.name, "fold": fold, **dict(zip(COLUMNS, scores))})
+        except InputError as error:
+            failures.append(str(error))
+        if rank == 0:
+            show_progress("cases", i, len(share), start)
+            if not sys.stdout.isatty():
+                print(f"{i}/{len(share)} {case.name}", flush=True)
+
+    if world > 1:
+        shares = [None] * world
+        dist.all_gather_object(shares, (rows, failures, kept))
+        rows, failures = [row for share in shares for row in share[0]], [failure for share in shares for failure in share[1]]
+        kept = sum(share[2] for share in shares)
+    if rank == 0:
+        if kept:
+            print(f"{kept} cases were predicted before and kept; --overwrite predicts them again")
+        if rows:
+            rows.sort(key=lambda row: row["case"])
+            table = folder.with_name(f"{folder.name}.csv")
+            write_csv(table, rows)
+            print_table(rows)
+            print(f"by case: {table}")
+        for failure in failures:
+            print(f"error: {failure}")
+        print(f"{len(cases) - len(failures)} of {len(cases)} cases done, in {folder}")
+    return len(failures)
+
+
+def find_all(roots):
+    """The cases of several folders, sorted by name; a name that two of them have is an InputError."""
+    cases = {}
+    for root in roots:
+        for case in find_cases(root):
+            if cases.setdefault(case.name, case).images != case.images:
+                raise InputError(f"{root}: case {case.name} is also in {cases[case.name].images[0].parent}, expected each case once")
+    return [cases[name] for name in sorted(cases)]
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Predicts, ensembles and scores BraTS cases.")
+    parser.add_argument("cases", nargs="*", type=Path, metavar="CASE_OR_COHORT", help="folders, searched with all folders below them")
+    parser.add_argument("--checkpoints", nargs="+", type=Path, default=[], metavar="FILE", help="best.pt or last.pt of any number of runs")
+    parser.add_argument("--out", type=Path, default=Path("predictions"))
+    parser.add_argument("--ensemble", choices=METHODS, default="confidence", help="how several checkpoints are merged")
+    parser.add_argument("--held-out", action="store_true", help="predict a case only with checkpoints that were validated on it (Table 2)")
+    parser.add_argument("--flips", action="store_true", help="average over all 8 mirrorings, eight times the work")
+    parser.add_argument("--probabilities", action="store_true", help="write the ensembled maps to OUT/probabilities as well")
+    parser.add_argument("--overwrite", action="store_true", help="predict finished cases again")
+    parser.add_argument("--score", type=Path, metavar="PREDICTIONS", help="predict nothing, score a folder of <case>.nii.gz")
+    parser.add_argument("--truth", type=Path, metavar="COHORT", help="the cases to score PREDICTIONS against")
+    args = parser.parse_args()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        if args.score is None and not (args.cases and args.checkpoints):
+            raise InputError("expected CASE_OR_COHORT and --checkpoints, or --score and --truth")
+        if args.score is not None and args.truth is None:
+            raise InputError(f"--score {args.score}: expected --truth COHORT with it, the folder of the segmentations")
+        if world > 1:
+            dist.init_process_group("gloo")    # only scores are exchanged
+        failures = run(args, rank, world)
+    except (InputError, OSError) as error:
+        exit_with(error, rank)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    sys.exit(1 if failures else 0)
+
+
+if __name__ == "__main__":
+    main()

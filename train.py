@@ -1,0 +1,326 @@
+"""The training loop: sections 3.3 and 4. Every default is the paper's.
+
+    torchrun --nproc_per_node=4 train.py --fold 0      # the paper's run, once for each of the folds 0 to 4; four cases a step
+    python train.py --fold 0                           # the same program on one GPU or the CPU; one case a step
+    python train.py --data DIR --fold all              # on every case, none held out
+
+Writes OUT/last.pt every epoch, OUT/best.pt whenever the mean Dice of the fold's validation cases is the best so far, and OUT/log.csv.
+The same command with an OUT that holds last.pt goes on where that stopped.
+"""
+
+import argparse
+import io
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+
+from barlow import Projector, barlow_twins_terms, soft_dice_loss
+from data import (REGIONS, InputError, augment, case_generator, describe, exit_with, find_cases, labels_to_regions, load_case, make_folder,
+                  normalize, random_crop, random_flip, regions_to_labels, show_progress, split_folds)
+from infer import dice, predict, write_csv
+from segresnet import SegResNet
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description="Trains SegResNet with soft Dice and the Barlow Twins term.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--data", type=Path, default=Path("data/BraTS2021_Training_Data"), help="folder of cases")
+    add("--fold", default="0", help="which fold is held out, or 'all': none is")
+    add("--folds", type=int, default=5)
+    add("--out", type=Path, help="folder of checkpoints and log; resumed if it holds last.pt (default: runs/fold<F> or runs/all)")
+    add("--epochs", type=int, default=300, help="an epoch is one crop of every training case")
+    add("--lr", type=float, default=1e-4)
+    add("--weight-decay", type=float, default=1e-5)
+    add("--crop", type=int, nargs=3, default=(192, 192, 144), metavar=("D", "H", "W"))
+    add("--filters", type=int, default=32, help="channels of the first level")
+    add("--norm", choices=("instance", "instance_affine", "group"), default="instance")
+    add("--barlow-weight", type=float, help="of the Barlow Twins term; 0 trains without it, 1 is the literal sum (default: 1/dim)")
+    add("--lambd", type=float, default=0.005, help="lambda of Eq. 3")
+    add("--pool", type=int, default=16, help="the projector's average pooling")
+    add("--dim", type=int, default=128, help="the projector's width")
+    add("--validate-every", type=int, default=5, metavar="EPOCHS")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
+    add("--workers", type=int, default=min(8, max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))),
+        help="processes a GPU that read and crop; 0: none")
+    add("--seed", type=int, default=0, help="of weights, folds and samples")
+    args = parser.parse_args()
+    args.out = args.out or Path("runs") / ("all" if args.fold == "all" else f"fold{args.fold}")
+    args.barlow_weight = 1 / args.dim if args.barlow_weight is None else args.barlow_weight
+    return args
+
+
+def check_arguments(args):
+    if args.fold != "all" and args.fold not in map(str, range(args.folds)):
+        raise InputError(f"--fold {args.fold}: expected 0 to {args.folds - 1}, or all")
+    for flag in ("folds", "epochs", "filters", "pool", "dim", "validate_every"):
+        if getattr(args, flag) < 1:
+            raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least 1")
+    if any(side < 16 or side % 8 for side in args.crop):
+        raise InputError(f"--crop {' '.join(map(str, args.crop))}: expected sides of at least 16 that are multiples of 8; Table 1 halves three times")
+    if args.barlow_weight and math.prod(side // args.pool for side in args.crop) < 2:
+        raise InputError(f"--pool {args.pool}: leaves fewer than two cells of a {'x'.join(map(str, args.crop))} crop, expected a smaller one")
+    if args.norm == "group" and args.filters % 8:
+        raise InputError(f"--filters {args.filters}: expected a multiple of 8, the number of groups")
+
+
+def choose_precision(amp, device):
+    """--amp -> the autocast dtype, or None for float32. "auto": 16 bits where the device computes in them natively."""
+    if amp != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    instructions = torch.cpu.get_capabilities()
+    return torch.bfloat16 if instructions.get("avx512_bf16") or instructions.get("amx_bf16") else None
+
+
+class Crops(Dataset):
+    """One epoch's samples: the crop of a case, flipped; image (4, *crop) float32, target (3, *crop) bool, a seed for its two views, its name.
+
+    A case that cannot be read gives its InputError instead: raised in a worker process it would arrive as a traceback.
+    """
+
+    def __init__(self, cases, crop, seed, epoch):
+        self.cases, self.crop, self.seed, self.epoch = cases, crop, seed, epoch
+
+    def __len__(self):
+        return len(self.cases)
+
+    def __getitem__(self, index):
+        case = self.cases[index]
+        generator = case_generator(self.seed, self.epoch, case.name)
+        try:
+            image, target, _ = load_case(case)
+        except InputError as error:
+            return error
+        image, target = random_crop(normalize(image), target, self.crop, generator)
+        image, target = random_flip(image, target, generator)
+        return image, target, int(torch.randint(2**31, (), generator=generator)), case.name
+
+
+class TwoViews(nn.Module):
+    """What DDP wraps: network and projection branch in one forward pass, so that one backward synchronises both.
+
+    (2, 4, D, H, W), view A then view B of one crop -> logits (2, 3, D, H, W) and z_a, z_b (cells, dim), or None without the term:
+    at weight 0 there is no projector, since DDP cannot have parameters that the loss does not reach.
+    """
+
+    def __init__(self, network, projector):
+        super().__init__()
+        self.network, self.projector = network, projector
+
+    def forward(self, x):
+        features = self.network.features(x)
+        logits = self.network.decoder_end(features)
+        if self.projector is None:
+            return logits, None, None
+        return logits, self.projector(features[:1]), self.projector(features[1:])
+
+
+def epoch_order(cases, seed, epoch, world):
+    """The epoch's cases in random order, the first ones again at its end until every rank has as many."""
+    generator = case_generator(seed, epoch, "order")
+    order = [cases[i] for i in torch.randperm(len(cases), generator=generator)]
+    steps = math.ceil(len(cases) / world)
+    return [order[i % len(order)] for i in range(steps * world)]
+
+
+def stop_together(failure, world, device):
+    """Ends every rank if one has a `failure` (an InputError, or None): that one prints it, and none is left waiting in a collective."""
+    failed = torch.tensor(float(failure is not None), device=device)
+    if world > 1:
+        dist.all_reduce(failed)
+    if failed:
+        exit_with(failure, rank=failure is None)
+
+
+@torch.no_grad()
+def validate(network, cases, crop, autocast, device, rank, world):
+    """The mean Dice of ET, TC, WT (3,) over whole cases, predicted and painted as `infer.py` would. Each case on one rank, once."""
+    network.eval()
+    total, failure = torch.zeros(3, dtype=torch.float64, device=device), None
+    for case in cases[rank::world]:
+        try:
+            image, target, _ = load_case(case)
+        except InputError as error:
+            failure = error
+            break
+        with autocast:
+            probabilities = predict(network, normalize(image), crop)
+        painted = labels_to_regions(regions_to_labels(probabilities > 0.5))
+        total += torch.tensor([dice(p, t) for p, t in zip(painted, target)], dtype=torch.float64, device=device)
+    stop_together(failure, world, device)
+    if world > 1:
+        dist.all_reduce(total)
+    network.train()
+    return (total / len(cases)).tolist()
+
+
+def save_checkpoint(path, checkpoint):
+    """Tensors, numbers and strings only. Written beside, flushed, renamed: `path` is the old checkpoint or the new one, never half."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    beside = path.with_name(f".{path.name}")
+    try:
+        with open(beside, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load_last(path, expected):
+    """last.pt to go on from. Raises InputError where it is of another run: its settings and case lists must be those of this one."""
+    try:
+        last = torch.load(path, map_location="cpu", weights_only=True)
+        found = {**last["settings"], "train_cases": last["train_cases"], "val_cases": last["val_cases"]}
+    except Exception as error:    # torch.load raises whatever its unpickler and zip reader meet
+        raise InputError(f"{path}: not a checkpoint of train.py's ({type(error).__name__}), expected one to go on from; move it away") from None
+    for name, value in expected.items():
+        if found.get(name) != value:
+            if name.endswith("_cases"):
+                raise InputError(f"{path}: was trained on other cases ({name} differ), expected the same --data; use another --out")
+            raise InputError(f"{path}: was trained with {name} {found.get(name)}, expected {value} as in this call; use another --out")
+    return last
+
+
+def train(args, rank, world, device):
+    check_arguments(args)
+    cases = find_cases(args.data)
+    for case in cases:
+        for path in (*case.images, case.label or case.images[0].parent / "<segmentation>"):
+            if not path.exists():
+                raise InputError(f"{path}: missing, expected four modalities and a segmentation for every case to train on")
+    if len({case.et_label for case in cases}) > 1:
+        raise InputError(f"--data {args.data}: {describe(cases)}; expected one generation")
+    val_cases = [] if args.fold == "all" else split_folds(cases, args.folds, args.seed)[int(args.fold)]
+    train_cases = [case for case in cases if case not in val_cases]
+    if not train_cases:
+        raise InputError(f"--folds {args.folds}: leaves no case to train on, expected at least 2, or --fold all")
+    make_folder(args.out)
+
+    torch.manual_seed(args.seed)
+    network = SegResNet(filters=args.filters, norm=args.norm)
+    projector = Projector(args.filters, args.dim, args.pool) if args.barlow_weight else None
+    views = TwoViews(network, projector).to(device)
+    # section 3.3: "AdamW optimizer with initial learning rate of 1e-4", "1e-5 weight decay and no dropout"
+    optimizer = torch.optim.AdamW(views.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    precision = choose_precision(args.amp, device)
+    autocast = torch.autocast(device.type, dtype=precision, enabled=precision is not None)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)    # float16 alone can underflow
+
+    settings = {name: value for name, value in vars(args).items() if name not in ("data", "out", "workers")}
+    settings.update(crop=list(args.crop), world=world)
+    about = {"train_cases": [case.name for case in train_cases], "val_cases": [case.name for case in val_cases]}
+    first, best, log = 0, -1.0, []
+    if (args.out / "last.pt").exists():
+        last = load_last(args.out / "last.pt", {**settings, **about})
+        views.load_state_dict(last["views"])
+        optimizer.load_state_dict(last["optimizer"])
+        scaler.load_state_dict(last["scaler"])
+        first, best, log = last["epoch"], last["best"], last["log"]
+    # views.network, not model.module: checkpoints carry no "module." prefix
+    model = DistributedDataParallel(views, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else views
+
+    steps = math.ceil(len(train_cases) / world)    # an epoch
+    if rank == 0:
+        print(f"{describe(cases)}\nfold {args.fold}: {len(train_cases)} cases to train on, {len(val_cases)} to validate; "
+              f"{world} process{'es' * (world > 1)} on {device.type}, {str(precision or torch.float32).removeprefix('torch.')}; "
+              f"{sum(p.numel() for p in network.parameters()):,} parameters; epochs {first + 1} to {args.epochs} of {steps} steps", flush=True)
+
+    for epoch in range(first, args.epochs):
+        order = epoch_order(train_cases, args.seed, epoch, world)
+        loader = DataLoader(Crops(order[rank::world], args.crop, args.seed, epoch), batch_size=None, num_workers=args.workers,
+                            pin_memory=device.type == "cuda")
+        sums, start = torch.zeros(5, dtype=torch.float64, device=device), time.monotonic()
+        for i, sample in enumerate(loader):
+            stop_together(sample if isinstance(sample, InputError) else None, world, device)
+            image, target, views_seed, name = sample
+
+            # section 3.3: "progressively decrease it according to Cosine schedule"; Here: every step, down to zero, no warm-up
+            lr = args.lr * 0.5 * (1 + math.cos(math.pi * (epoch * steps + i) / (args.epochs * steps)))
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+            # section 3.1: "we copy it and augment it each copy independently, forming a batch of 2"
+            x = image.to(device, non_blocking=True).expand(2, -1, -1, -1, -1)        # (2, 4, D, H, W)
+            p_true = target.to(device, non_blocking=True).expand(2, -1, -1, -1, -1)  # (2, 3, D, H, W)
+            x, p_true = augment(x, p_true, torch.Generator(device).manual_seed(views_seed))
+
+            with autocast:
+                logits, z_a, z_b = model(x)
+            dice_loss = soft_dice_loss(torch.sigmoid(logits.float()), p_true)        # Eq. 4
+            invariance = redundancy = torch.zeros((), device=device)
+            if projector is not None:
+                invariance, redundancy = barlow_twins_terms(z_a, z_b)                # Eq. 1 and 2, each GPU on its own images
+            barlow = invariance + args.lambd * redundancy                            # Eq. 3
+            loss = dice_loss + args.barlow_weight * barlow
+            terms = torch.stack([loss, dice_loss, barlow, invariance, redundancy]).detach()
+            stop_together(None if loss.isfinite() else InputError(
+                f"{name}: loss is not finite in epoch {epoch + 1}, step {i + 1} (Dice {dice_loss:g}, Barlow Twins {barlow:g}), "
+                "expected a number; try a lower --lr or --amp off"), world, device)
+
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            sums += terms
+            if rank == 0:
+                show_progress(f"epoch {epoch + 1}/{args.epochs}, loss {loss:.4f}, step", i + 1, steps, start)
+
+        seconds = time.monotonic() - start
+        if world > 1:
+            dist.all_reduce(sums)
+        means = (sums / (steps * world)).tolist()
+        scores = None
+        if val_cases and ((epoch + 1) % args.validate_every == 0 or epoch + 1 == args.epochs):
+            scores = validate(network, val_cases, args.crop, autocast, device, rank, world)
+        row = {"epoch": epoch + 1, "lr": lr, **dict(zip(("loss", "dice_loss", "barlow", "invariance", "redundancy"), means)),
+               **{f"dice_{region.lower()}": scores[r] if scores else "" for r, region in enumerate(REGIONS)},
+               "dice_mean": sum(scores) / 3 if scores else "", "seconds": seconds, "cases_per_second": steps * world / seconds}
+        log.append({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+        if rank == 0:
+            left = time.strftime("%H:%M:%S", time.gmtime((args.epochs - epoch - 1) * seconds))
+            dices = "  Dice " + ", ".join(f"{region} {score:.4f}" for region, score in zip(REGIONS, scores)) if scores else ""
+            print(f"epoch {epoch + 1}/{args.epochs}  loss {means[0]:.4f} (Dice {means[1]:.4f}, Barlow Twins {means[2]:.3f})  lr {lr:.2e}  "
+                  f"{steps * world / seconds:.2f} cases/s  {left} left{dices}", flush=True)
+            checkpoint = {"model": network.state_dict(), "settings": settings, **about, "et_label": cases[0].et_label, "epoch": epoch + 1,
+                          "dice": scores or []}
+            if scores and sum(scores) / 3 > best:
+                best = sum(scores) / 3
+                save_checkpoint(args.out / "best.pt", checkpoint)
+            save_checkpoint(args.out / "last.pt", {**checkpoint, "views": views.state_dict(), "optimizer": optimizer.state_dict(),
+                                                   "scaler": scaler.state_dict(), "best": best, "log": log})
+            write_csv(args.out / "log.csv", log)
+
+
+def main():
+    args = parse_arguments()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))    # torchrun sets them
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True    # every step has the same shape
+    try:
+        if world > 1:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        train(args, rank, world, device)
+    except (InputError, OSError) as error:
+        exit_with(error, rank)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
