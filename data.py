@@ -171,7 +171,7 @@ def load_case(case):
             image, affine = torch.empty(4, *volume.shape), volume_affine
         _check_same_grid(path, volume.shape, volume_affine, case.images[0], image.shape[1:], affine)
         image[channel] = torch.from_numpy(volume.astype(np.float32))
-        if not image[channel].isfinite().all():
+        if volume.dtype.kind == "f" and not image[channel].isfinite().all():
             raise InputError(f"{path}: has NaN or infinite voxels, expected numbers")
         if not image[channel].any():
             raise InputError(f"{path}: all voxels are zero, expected a brain")
@@ -360,13 +360,12 @@ def make_folder(path):
 
 
 def exit_with(error, rank=0):
-    """Ends a command for an InputError or OSError: one line, exit code 2. Under torchrun every rank meets it and rank 0 prints it."""
+    """Ends a command for an InputError or OSError: one line, exit code 2."""
     if rank:
-        time.sleep(10)    # torchrun ends the other ranks when the first one leaves: let that be the one that prints
-    elif isinstance(error, OSError):
+        time.sleep(10)    # under torchrun every rank has the same error: rank 0 prints it, and torchrun ends the others meanwhile
+    if isinstance(error, OSError):
         error = f"{error.filename or 'output'}: {error.strerror or error}, expected a disk that can be written and has room"
-    if not rank:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+    print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 

@@ -304,9 +304,8 @@ def main():
         failures = run(args, rank, world)
     except (InputError, OSError) as error:
         exit_with(error, rank)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if world > 1:
+        dist.destroy_process_group()
     sys.exit(1 if failures else 0)
 
 

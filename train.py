@@ -26,7 +26,7 @@ from barlow import Projector, barlow_twins_terms, soft_dice_loss
 from data import (REGIONS, InputError, augment, case_generator, describe, exit_with, find_cases, labels_to_regions, load_case, make_folder,
                   normalize, random_crop, random_flip, regions_to_labels, show_progress, split_folds)
 from infer import dice, predict, write_csv
-from segresnet import SegResNet
+from segresnet import NORMS, SegResNet
 
 
 def parse_arguments():
@@ -42,7 +42,7 @@ def parse_arguments():
     add("--weight-decay", type=float, default=1e-5)
     add("--crop", type=int, nargs=3, default=(192, 192, 144), metavar=("D", "H", "W"))
     add("--filters", type=int, default=32, help="channels of the first level")
-    add("--norm", choices=("instance", "instance_affine", "group"), default="instance")
+    add("--norm", choices=NORMS, default="instance")
     add("--barlow-weight", type=float, help="of the Barlow Twins term; 0 trains without it, 1 is the literal sum (default: 1/dim)")
     add("--lambd", type=float, default=0.005, help="lambda of Eq. 3")
     add("--pool", type=int, default=16, help="the projector's average pooling")
@@ -83,20 +83,21 @@ def choose_precision(amp, device):
 
 
 class Crops(Dataset):
-    """One epoch's samples: the crop of a case, flipped; image (4, *crop) float32, target (3, *crop) bool, a seed for its two views, its name.
+    """Samples for a schedule of (epoch, case): a crop of the case, flipped; image (4, *crop) float32, target (3, *crop) bool, a seed for
+    its two views, its name.
 
     A case that cannot be read gives its InputError instead: raised in a worker process it would arrive as a traceback.
     """
 
-    def __init__(self, cases, crop, seed, epoch):
-        self.cases, self.crop, self.seed, self.epoch = cases, crop, seed, epoch
+    def __init__(self, schedule, crop, seed):
+        self.schedule, self.crop, self.seed = schedule, crop, seed
 
     def __len__(self):
-        return len(self.cases)
+        return len(self.schedule)
 
     def __getitem__(self, index):
-        case = self.cases[index]
-        generator = case_generator(self.seed, self.epoch, case.name)
+        epoch, case = self.schedule[index]
+        generator = case_generator(self.seed, epoch, case.name)
         try:
             image, target, _ = load_case(case)
         except InputError as error:
@@ -134,12 +135,15 @@ def epoch_order(cases, seed, epoch, world):
 
 
 def stop_together(failure, world, device):
-    """Ends every rank if one has a `failure` (an InputError, or None): that one prints it, and none is left waiting in a collective."""
+    """Ends every rank if one has a `failure` (or None): that one prints it, and no other is left waiting for it in a collective."""
     failed = torch.tensor(float(failure is not None), device=device)
     if world > 1:
         dist.all_reduce(failed)
+    if failure is not None:
+        exit_with(failure)
     if failed:
-        exit_with(failure, rank=failure is None)
+        time.sleep(10)    # torchrun ends this rank as soon as the other one has left
+        sys.exit(2)
 
 
 @torch.no_grad()
@@ -238,12 +242,13 @@ def train(args, rank, world, device):
               f"{world} process{'es' * (world > 1)} on {device.type}, {str(precision or torch.float32).removeprefix('torch.')}; "
               f"{sum(p.numel() for p in network.parameters()):,} parameters; epochs {first + 1} to {args.epochs} of {steps} steps", flush=True)
 
+    # One loader for all epochs, so that its workers read on while an epoch ends.
+    schedule = [(epoch, case) for epoch in range(first, args.epochs) for case in epoch_order(train_cases, args.seed, epoch, world)[rank::world]]
+    samples = iter(DataLoader(Crops(schedule, args.crop, args.seed), batch_size=None, num_workers=args.workers, pin_memory=device.type == "cuda"))
     for epoch in range(first, args.epochs):
-        order = epoch_order(train_cases, args.seed, epoch, world)
-        loader = DataLoader(Crops(order[rank::world], args.crop, args.seed, epoch), batch_size=None, num_workers=args.workers,
-                            pin_memory=device.type == "cuda")
         sums, start = torch.zeros(5, dtype=torch.float64, device=device), time.monotonic()
-        for i, sample in enumerate(loader):
+        for i in range(steps):
+            sample = next(samples)
             stop_together(sample if isinstance(sample, InputError) else None, world, device)
             image, target, views_seed, name = sample
 
@@ -289,6 +294,7 @@ def train(args, rank, world, device):
                **{f"dice_{region.lower()}": scores[r] if scores else "" for r, region in enumerate(REGIONS)},
                "dice_mean": sum(scores) / 3 if scores else "", "seconds": seconds, "cases_per_second": steps * world / seconds}
         log.append({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+        failure = None
         if rank == 0:
             left = time.strftime("%H:%M:%S", time.gmtime((args.epochs - epoch - 1) * seconds))
             dices = "  Dice " + ", ".join(f"{region} {score:.4f}" for region, score in zip(REGIONS, scores)) if scores else ""
@@ -296,12 +302,17 @@ def train(args, rank, world, device):
                   f"{steps * world / seconds:.2f} cases/s  {left} left{dices}", flush=True)
             checkpoint = {"model": network.state_dict(), "settings": settings, **about, "et_label": cases[0].et_label, "epoch": epoch + 1,
                           "dice": scores or []}
-            if scores and sum(scores) / 3 > best:
-                best = sum(scores) / 3
-                save_checkpoint(args.out / "best.pt", checkpoint)
-            save_checkpoint(args.out / "last.pt", {**checkpoint, "views": views.state_dict(), "optimizer": optimizer.state_dict(),
-                                                   "scaler": scaler.state_dict(), "best": best, "log": log})
-            write_csv(args.out / "log.csv", log)
+            better = scores is not None and sum(scores) / 3 > best
+            best = sum(scores) / 3 if better else best
+            try:
+                if better:
+                    save_checkpoint(args.out / "best.pt", checkpoint)
+                save_checkpoint(args.out / "last.pt", {**checkpoint, "views": views.state_dict(), "optimizer": optimizer.state_dict(),
+                                                       "scaler": scaler.state_dict(), "best": best, "log": log})
+                write_csv(args.out / "log.csv", log)
+            except OSError as error:
+                failure = error
+        stop_together(failure, world, device)
 
 
 def main():
@@ -317,9 +328,8 @@ def main():
         train(args, rank, world, device)
     except (InputError, OSError) as error:
         exit_with(error, rank)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if world > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
