@@ -10,6 +10,8 @@ Both losses compute in float32 (float64 stays float64), also inside an autocast 
 overflows float16.
 """
 
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -24,8 +26,10 @@ def soft_dice_loss(probabilities, target, eps=1e-5):
 
     probabilities: (B, C, D, H, W), any float dtype, in [0, 1], that is after the sigmoid. target: the same shape, 0 or 1,
     bool or any number. Returns a scalar in [0, 1].
-    A class with an empty target has the loss 1 and the gradient 0 exactly: its product is 0 whatever is predicted.
+    Raises ValueError for unequal shapes. A class with an empty target has the loss 1 and the gradient 0 exactly: its product is 0 whatever is predicted.
     """
+    if probabilities.shape != target.shape:
+        raise ValueError(f"probabilities are {tuple(probabilities.shape)} and the target {tuple(target.shape)}, expected one shape")
     p_pred, p_true = _at_least_float32(probabilities), _at_least_float32(target)
     axes = (2, 3, 4)
     # Eq. 4: L_dice = 1 - 2 * sum(p_true * p_pred) / (sum(p_true^2) + sum(p_pred^2) + eps)
@@ -37,7 +41,7 @@ class Projector(nn.Module):
     """The projection branch: average pooling, rows, 3-layer MLP. Used in training only, "discarded during inference".
 
     Paper: "average pools the features by a factor of 16", "reshaped to form a large batch of 1D features", "3 layer MLP".
-    Here: in_channels-dim-dim-dim, Linear without bias, BatchNorm, ReLU, twice, then Linear.
+    Here: in_channels-dim-dim-dim, Linear without bias, BatchNorm, ReLU, twice, then Linear; 16 along each axis.
     Why: that is the projector of Barlow Twins [16]. A 192x192x144 crop gives 12x12x9 = 1,296 rows, about ten for each of
     128 dimensions; keep that ratio when the crop is small (64x64x48: pool 8, dim 32). BatchNorm has no running
     statistics: there is nothing to synchronise between GPUs, and nothing leaks from one view into the other.
@@ -57,12 +61,13 @@ class Projector(nn.Module):
 
         Raises ValueError where fewer than two rows are left: nothing can be correlated over one.
         """
+        rows = len(features) * math.prod(side // self.pool for side in features.shape[2:])
+        if rows < 2:
+            raise ValueError(f"features {tuple(features.shape)} pooled by {self.pool} leave {rows} rows, "
+                             "expected at least 2: use a smaller pool or a larger crop")
         with torch.autocast(features.device.type, enabled=False):
             pooled = F.avg_pool3d(_at_least_float32(features), self.pool)      # (B, C, D/pool, H/pool, W/pool)
             rows = pooled.flatten(2).transpose(1, 2).flatten(0, 1)             # (B * cells, C)
-            if len(rows) < 2:
-                raise ValueError(f"features {tuple(features.shape)} pooled by {self.pool} leave {len(rows)} rows, "
-                                 "expected at least 2: use a smaller pool or a larger crop")
             return self.mlp(rows)                                              # (B * cells, dim)
 
 
@@ -71,7 +76,9 @@ def cross_correlation(z_a, z_b):
 
     Paper: Eq. 2 prints no mean. Here: z is centred over the rows first. Why: [16], where Eq. 2 comes from, assumes it;
     without, a feature that never changes would count as perfectly correlated.
-    Values lie in [-1, 1]. A feature that is constant over the rows has correlation 0, no NaN, and a finite gradient.
+    Paper: C is "between all combinations of spatial regions", but Eq. 2 sums over the regions, b, and C has "the dimensionality of the
+    network's output". Here: the equation; regions are the samples, features are what is decorrelated.
+    Values lie in [-1, 1]. A feature that is constant over the rows has correlation 0 and gradient 0, no NaN.
     Row r of both views must be the same place of the same image. Raises ValueError for fewer rows than two or unequal shapes.
     """
     if z_a.shape != z_b.shape or z_a.ndim != 2 or len(z_a) < 2:
@@ -85,15 +92,17 @@ def cross_correlation(z_a, z_b):
 def _centred_unit_columns(z):
     z = _at_least_float32(z)
     centred = z - z.mean(0)
-    # What rounding leaves of a constant column must not be scaled up to length 1, hence a floor relative to the column's own size.
-    floor = 1e-4 * torch.linalg.vector_norm(z.detach(), dim=0) + torch.finfo(z.dtype).tiny
-    return centred / torch.maximum(torch.linalg.vector_norm(centred, dim=0), floor)
+    length = torch.linalg.vector_norm(centred, dim=0)
+    # What rounding leaves of a constant column must not be scaled up to length 1: such a column becomes 0, and so does its gradient.
+    varies = length > 1e-4 * torch.linalg.vector_norm(z, dim=0)
+    return torch.where(varies, centred / torch.where(varies, length, 1), 0)
 
 
 def barlow_twins_terms(z_a, z_b):
-    """Eq. 1's two terms, L_invariance and L_redundancy before its weight lambda; each a sum over C's entries, so >= 0."""
+    """Eq. 1's two terms, each a sum over C's entries, so >= 0; the second is still without its weight lambda."""
     c = cross_correlation(z_a, z_b)
     on_diagonal = c.diagonal()
+    # Eq. 1: L_BT = L_invariance + L_redundancy
     invariance = ((1 - on_diagonal) ** 2).sum()
     redundancy = ((c - torch.diag(on_diagonal)) ** 2).sum()
     return invariance, redundancy

@@ -8,6 +8,7 @@ The file stands alone: PyTorch, NumPy and nibabel. As a command it checks a coho
 """
 
 import argparse
+import logging
 import os
 import re
 import sys
@@ -26,6 +27,8 @@ import torch
 from torch.nn import functional as F
 
 REGIONS = ("ET", "TC", "WT")
+
+logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)    # it logs what it then raises
 
 
 class InputError(ValueError):

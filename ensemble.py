@@ -9,6 +9,7 @@ and writes label maps <case>.nii.gz:
 """
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 def confidence(maps):
     """The heuristic of section 3.2, "the average probability value of the segmented region".
 
+    It compares maps of about the same region; "not true when different models produce substantially different region sizes".
     maps: (N, C, D, H, W) float, in [0, 1]. Returns (N, C) float32: the mean probability over each map's own region, the
     voxels above 0.5, hence in (0.5, 1]; NaN where a map has no such voxel.
     """
@@ -50,6 +52,7 @@ def confidence_ensemble(maps):
 
     (N, C, D, H, W) probabilities -> (C, D, H, W) float32.
 
+    The paper names the weighted mean of all maps as an alternative and found the top N/2 better.
     Paper: silent on odd N, ties and empty maps. Here: N counts every map, N/2 is rounded up, ties go by the order of the
     maps. An empty map is never ranked; where at least half of the maps are empty, the plain mean of all is taken.
     Why: the confidence of an empty map is 0/0, and half of the maps being empty is itself a vote for "absent".
@@ -73,6 +76,9 @@ METHODS = {"confidence": confidence_ensemble, "geometric": geometric_mean_ensemb
 # ---- the command ------------------------------------------------------------------------------------------------------
 
 
+logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)    # it logs what it then raises
+
+
 class InputError(ValueError):
     """What the user can mend. The message is one line: file or flag, what was found, what was expected."""
 
@@ -82,7 +88,8 @@ def list_cases(folders):
     names = [{path.name for path in folder.glob("*.nii.gz") if not path.name.startswith(".")} for folder in folders]
     for folder, found in zip(folders, names):
         if not found:
-            raise InputError(f"{folder}: no *.nii.gz file, expected one probability map a case")
+            what = "no *.nii.gz file in it" if folder.is_dir() else "no such folder"
+            raise InputError(f"{folder}: {what}, expected one probability map <case>.nii.gz a case")
         missing = sorted(set.union(*names) - found)
         if missing:
             raise InputError(f"{folder / missing[0]}: missing ({len(missing)} in all), expected every case in every folder")
@@ -104,11 +111,11 @@ def load_maps(paths):
         if image.shape != images[0].shape or not np.allclose(image.affine, images[0].affine, atol=1e-2):
             raise InputError(f"{path}: shape {image.shape} or its affine differs from {paths[0]} with {images[0].shape}, "
                              "expected maps on the same voxels")
-        if not (volume.min() >= 0 and volume.max() <= 1):    # also true for NaN
+        if not (volume.min() > -1e-3 and volume.max() < 1.001):    # true for NaN; resampling may overshoot a little
             raise InputError(f"{path}: values from {volume.min():g} to {volume.max():g}, expected probabilities in [0, 1]")
         if maps is None:
             maps = torch.empty(len(paths), 3, *image.shape[:3])
-        maps[n] = volume.movedim(3, 0)    # (X, Y, Z, 3) -> (3, X, Y, Z)
+        maps[n] = volume.clamp(0, 1).movedim(3, 0)    # (X, Y, Z, 3) -> (3, X, Y, Z)
     return maps, images[0]
 
 
@@ -127,6 +134,7 @@ def save_labels(path, labels, like):
     header.set_data_shape(labels.shape)
     header.set_data_dtype(np.uint8)
     header["cal_min"] = header["cal_max"] = 0
+    header.set_intent("none")    # "vector" in maps of some tools
     image = type(like)(labels, like.affine, header)
     beside = path.with_name(f".{path.name[:-len('.nii.gz')]}.{os.getpid()}.nii.gz")
     try:
@@ -145,12 +153,15 @@ def main():
     args = parser.parse_args()
     try:
         names = list_cases(args.folders)
+        if len({folder.resolve() for folder in args.folders}) < len(args.folders):
+            raise InputError("FOLDER: one is given twice and would count twice, expected each once")
         if args.out.resolve() in [folder.resolve() for folder in args.folders]:
             raise InputError(f"--out {args.out}: is one of the folders to merge, expected another one")
         args.out.mkdir(parents=True, exist_ok=True)
         for i, name in enumerate(names, 1):
             maps, first = load_maps([folder / name for folder in args.folders])
             save_labels(args.out / name, paint(METHODS[args.method](maps), args.et_label), first)
+            del maps    # before the next case's are read
             print(f"\r{i}/{len(names)} {name}\033[K" if sys.stdout.isatty() else f"{i}/{len(names)} {name}",
                   end="" if sys.stdout.isatty() and i < len(names) else "\n", flush=True)
     except InputError as error:

@@ -84,13 +84,13 @@ class SegResNet(nn.Module):
         self.encoder_block2 = nn.Sequential(*[ResBlock(4 * f, norm) for _ in range(2)])                     # 2
         self.encoder_down3 = nn.Conv3d(4 * f, 8 * f, 3, stride=2, padding=1, bias=False)                    # 1
         self.encoder_block3 = nn.Sequential(*[ResBlock(8 * f, norm) for _ in range(4)])                     # 4
-        self.decoder_up2 = up_conv(8 * f, 4 * f)                                                            # 1
+        self.decoder_up2 = up_conv(8 * f, 4 * f)    # "+EncoderBlock2" is in features()                      # 1
         self.decoder_block2 = ResBlock(4 * f, norm)                                                         # 1
-        self.decoder_up1 = up_conv(4 * f, 2 * f)                                                            # 1
+        self.decoder_up1 = up_conv(4 * f, 2 * f)    # "+EncoderBlock1"                                         # 1
         self.decoder_block1 = ResBlock(2 * f, norm)                                                         # 1
-        self.decoder_up0 = up_conv(2 * f, f)                                                                # 1
+        self.decoder_up0 = up_conv(2 * f, f)        # "+EncoderBlock0"                                         # 1
         self.decoder_block0 = ResBlock(f, norm)                                                             # 1
-        self.decoder_end = nn.Sequential(make_norm(norm, f), nn.ReLU(inplace=True), nn.Conv3d(f, out_channels, 1))
+        self.decoder_end = nn.Sequential(make_norm(norm, f), nn.ReLU(inplace=True), nn.Conv3d(f, out_channels, 1))  # 1
 
     def features(self, x):
         """(B, in_channels, D, H, W) -> (B, filters, D, H, W): the decoder's output, "one level before the final normalization".
@@ -118,8 +118,8 @@ class SegResNet(nn.Module):
 
 
 # ---- weights of MONAI's SegResNet -------------------------------------------------------------------------------------
-# Only names differ. Mind that MONAI's published BraTS bundle predicts TC, WT, ET from T1c, T1, T2, FLAIR: to use its weights
-# here, permute the first convolution's input channels and the last one's outputs as well.
+# Only names differ. Mind that MONAI's published BraTS bundle predicts TC, WT, ET from T1c, T1, T2, FLAIR. To get ET, TC, WT from
+# t1, t1ce, t2, flair out of its weights, permute as well: init_conv.weight[:, [1, 0, 2, 3]], decoder_end.2.{weight,bias}[[2, 0, 1]].
 
 _CONVS = {
     "init_conv": "convInit.conv",
@@ -149,22 +149,23 @@ _BLOCKS = {
 for _ours, _theirs in _BLOCKS.items():
     _CONVS |= {f"{_ours}.conv1": f"{_theirs}.conv1.conv", f"{_ours}.conv2": f"{_theirs}.conv2.conv"}
     _NORMS |= {f"{_ours}.norm1": f"{_theirs}.norm1", f"{_ours}.norm2": f"{_theirs}.norm2"}
+_WEIGHTS = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in _CONVS.items()} | {"decoder_end.2.bias": "conv_final.2.conv.bias"}
+_AFFINE = {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in _NORMS.items() for kind in ("weight", "bias")}
 
 
-def _rename(state_dict, convs, norms):
-    layers = convs | norms
-    unknown = [key for key in state_dict if key.rpartition(".")[0] not in layers]
-    missing = [f"{conv}.weight" for conv in convs if f"{conv}.weight" not in state_dict]   # norms may have no weights at all
+def _rename(state_dict, weights, affine):
+    names = weights | affine if affine.keys() & state_dict.keys() else weights    # norms have all of theirs or, without affine, none
+    unknown, missing = [key for key in state_dict if key not in names], [key for key in names if key not in state_dict]
     if unknown or missing:
         raise ValueError(f"not the weights of a SegResNet of Table 1's shape: unknown {unknown[:3]}, missing {missing[:3]}")
-    return {f"{layers[layer]}.{kind}": value for key, value in state_dict.items() for layer, _, kind in [key.rpartition(".")]}
+    return {names[key]: value for key, value in state_dict.items()}
 
 
 def from_monai(state_dict):
     """A state dict of MONAI's SegResNet (default blocks) under this file's names. Raises ValueError for a key too many or too few."""
-    return _rename(state_dict, {m: o for o, m in _CONVS.items()}, {m: o for o, m in _NORMS.items()})
+    return _rename(state_dict, {m: o for o, m in _WEIGHTS.items()}, {m: o for o, m in _AFFINE.items()})
 
 
 def to_monai(state_dict):
     """The inverse of `from_monai`."""
-    return _rename(state_dict, _CONVS, _NORMS)
+    return _rename(state_dict, _WEIGHTS, _AFFINE)
