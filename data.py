@@ -92,9 +92,13 @@ def _cases_of_folder(folder, files):
             match = pattern.fullmatch(file)
             if match:
                 found.setdefault(match[1], {})[match[2]] = folder / file
+        imaged = {name: paths for name, paths in found.items() if set(paths) != {"seg"}}
+        if len(imaged) == 1:    # so that manual_seg.nii beside a case's images is a segmentation of another name, no case of its own
+            found = imaged
+        taken = {path.name for paths in found.values() for path in paths.values()}
         for name, paths in found.items():
             images = tuple(paths.get(m, folder / f"{name}{separator}{m}.nii.gz") for m in modalities)
-            unmatched = [f for f in files if re.search(r"seg.*\.nii", f.lower()) and not pattern.fullmatch(f)]
+            unmatched = [f for f in files if re.search(r"seg.*\.nii", f.lower()) and f not in taken]
             if "seg" not in paths and len(found) == 1 and len(unmatched) == 1:
                 paths["seg"] = folder / unmatched[0]
             patient = re.sub(r"-\d+$", "", name) if et_label == 3 else name
@@ -145,6 +149,8 @@ def read_volume(path):
                          "expected a NIfTI volume; the file is damaged or incomplete, fetch it again") from None
     if volume is None:
         raise InputError(f"{path}: shape {shape}, expected three axes: one volume a file")
+    if array.dtype.kind not in "iuf":
+        raise InputError(f"{path}: voxels of type {array.dtype}, expected one real number each, no colours")
     return array, volume.affine
 
 
@@ -205,7 +211,7 @@ def save_volume(path, volume, like):
     header.set_data_shape(array.shape)
     header.set_data_dtype(array.dtype)
     header["cal_min"] = header["cal_max"] = 0    # the display range of `like` means nothing here
-    beside = path.with_name(f".{path.name.removesuffix('.nii.gz')}.{os.getpid()}.nii.gz")
+    beside = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         nib.save(nib.Nifti1Image(array, like.affine, header), beside)
         os.replace(beside, path)
@@ -411,8 +417,8 @@ def check_cohort(root):
         print(f"  warning: almost no voxel is zero in {len(stripped)} cases ({', '.join(stripped[:3])}); expected skull-stripped brains on zeros")
     try:
         print(f"  {'5 folds, seed 0':<16}" + ", ".join(str(len(fold)) for fold in split_folds(cases)) + " cases for validation")
-    except InputError as error:
-        print(f"  {'5 folds, seed 0':<16}none: {error}")
+    except InputError:
+        print(f"  {'5 folds, seed 0':<16}none: fewer patients than folds")
     failures = [result for result in results if isinstance(result, InputError)]
     for failure in failures:
         print(f"  error: {failure}")

@@ -1,7 +1,7 @@
 """Prediction, segmentations, Dice, HD95 and the tables: section 4.
 
     python infer.py CASE_OR_COHORT ... --checkpoints runs/fold*/best.pt [--out predictions]      # ensembled as in section 3.2
-    python infer.py data/BraTS2021_Training_Data --checkpoints runs/fold*/best.pt --held-out     # Table 2: each case by the fold that never saw it
+    python infer.py data/BraTS2021_Training_Data --checkpoints runs/fold*/best.pt --held-out     # Table 2: each by the fold it was kept from
     torchrun --nproc_per_node=4 infer.py ...                                                     # the cases shared out over four GPUs
     python infer.py --score PREDICTIONS --truth COHORT                                           # anybody's folder of <case>.nii.gz
 
@@ -179,7 +179,8 @@ def load_checkpoint(path):
         raise InputError(f"--checkpoints {path}: no such file, expected best.pt or last.pt of a run of train.py") from None
     except Exception as error:    # torch.load raises whatever its unpickler and zip reader meet
         found = " ".join(str(error).split())[:200]
-        raise InputError(f"--checkpoints {path}: not a checkpoint of train.py's for 4 channels and 3 regions ({type(error).__name__}: {found})") from None
+        raise InputError(f"--checkpoints {path}: cannot be loaded ({type(error).__name__}: {found}), "
+                         "expected a checkpoint of train.py's for 4 channels and 3 regions") from None
 
 
 def predict_case(case, checkpoints, args):
@@ -197,9 +198,12 @@ def predict_case(case, checkpoints, args):
 def score_case(case, path):
     """The scores of the label map `path` against the case's segmentation, both read in LPS."""
     truth, affine = read_labels(case.label, case.et_label)
+    if not path.exists():
+        raise InputError(f"{path}: no such file, expected a segmentation for each case of --truth")
     labels, labels_affine = read_labels(path, case.et_label)
     if labels.shape != truth.shape or not np.allclose(labels_affine, affine, atol=1e-2):
-        raise InputError(f"{path}: shape {tuple(labels.shape)} or its affine differs from {case.label} with {tuple(truth.shape)}")
+        raise InputError(f"{case.label}: shape {tuple(truth.shape)} or its affine differs from {path} with {tuple(labels.shape)}, "
+                         "expected a segmentation on the same voxels")
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     return score(labels, labels_to_regions(truth, case.et_label), case.et_label, spacing)
 
@@ -211,7 +215,7 @@ def run(args, rank, world):
         checkpoints = [load_checkpoint(path) for path in args.checkpoints]
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
         for checkpoint in checkpoints:
-            checkpoint["model"].to(device)
+            checkpoint["model"].to(device, memory_format=torch.channels_last_3d if device.type == "cpu" else torch.contiguous_format)
         chosen = {case.name: [c for c in checkpoints if not args.held_out or case.name in c["val_cases"]] for case in cases}
         cases = [case for case in cases if chosen[case.name]]
         if not cases:
@@ -220,6 +224,8 @@ def run(args, rank, world):
         folder = args.out
     else:
         cases, folder = [case for case in cases if case.label], args.score
+        if not folder.is_dir():
+            raise InputError(f"--score {folder}: no such folder, expected one of <case>.nii.gz")
         if not cases:
             raise InputError(f"--truth {args.truth}: no case has a segmentation, expected <case>_seg.nii.gz beside its images")
     if rank == 0:
@@ -260,6 +266,7 @@ def run(args, rank, world):
             print(f"{kept} cases were predicted before and kept; --overwrite predicts them again")
         if rows:
             rows.sort(key=lambda row: row["case"])
+            folder = folder if folder.name.strip(".") else folder.resolve()    # "." and ".." name no file
             table = folder.with_name(f"{folder.name}.csv")
             write_csv(table, rows)
             print_table(rows)

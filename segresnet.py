@@ -91,6 +91,9 @@ class SegResNet(nn.Module):
         self.decoder_up0 = up_conv(2 * f, f)        # "+EncoderBlock0"                                         # 1
         self.decoder_block0 = ResBlock(f, norm)                                                             # 1
         self.decoder_end = nn.Sequential(make_norm(norm, f), nn.ReLU(inplace=True), nn.Conv3d(f, out_channels, 1))  # 1
+        # Paper: silent on initialisation. Here: PyTorch's default, but the last bias starts at -1, all probabilities near 0.27.
+        # Why: most voxels are background; started at 1/2 they take some hundred steps to cross it, and soft Dice hardly pushes.
+        nn.init.constant_(self.decoder_end[2].bias, -1.0)
 
     def features(self, x):
         """(B, in_channels, D, H, W) -> (B, filters, D, H, W): the decoder's output, "one level before the final normalization".

@@ -64,10 +64,13 @@ def check_arguments(args):
     for flag in ("folds", "epochs", "filters", "pool", "dim", "validate_every"):
         if getattr(args, flag) < 1:
             raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least 1")
+    for flag in ("lr", "weight_decay", "barlow_weight", "lambd", "workers", "seed"):
+        if not 0 <= getattr(args, flag) < math.inf:    # also NaN
+            raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected a number of at least 0")
     if any(side < 16 or side % 8 for side in args.crop):
-        raise InputError(f"--crop {' '.join(map(str, args.crop))}: expected sides of at least 16 that are multiples of 8; Table 1 halves three times")
+        raise InputError(f"--crop {' '.join(map(str, args.crop))}: expected multiples of 8, at least 16; Table 1 halves three times")
     if args.barlow_weight and math.prod(side // args.pool for side in args.crop) < 2:
-        raise InputError(f"--pool {args.pool}: leaves fewer than two cells of a {'x'.join(map(str, args.crop))} crop, expected a smaller one")
+        raise InputError(f"--pool {args.pool}: leaves fewer than two cells of a crop of {args.crop}, expected a smaller one")
     if args.norm == "group" and args.filters % 8:
         raise InputError(f"--filters {args.filters}: expected a multiple of 8, the number of groups")
 
@@ -188,8 +191,10 @@ def load_last(path, expected):
     try:
         last = torch.load(path, map_location="cpu", weights_only=True)
         found = {**last["settings"], "train_cases": last["train_cases"], "val_cases": last["val_cases"]}
+        if "optimizer" not in last:
+            raise ValueError("no optimizer's state, as in best.pt")
     except Exception as error:    # torch.load raises whatever its unpickler and zip reader meet
-        raise InputError(f"{path}: not a checkpoint of train.py's ({type(error).__name__}), expected one to go on from; move it away") from None
+        raise InputError(f"{path}: not a checkpoint to go on from ({type(error).__name__}), expected the last.pt of a run; move it away") from None
     for name, value in expected.items():
         if found.get(name) != value:
             if name.endswith("_cases"):
@@ -202,9 +207,10 @@ def train(args, rank, world, device):
     check_arguments(args)
     cases = find_cases(args.data)
     for case in cases:
-        for path in (*case.images, case.label or case.images[0].parent / "<segmentation>"):
-            if not path.exists():
-                raise InputError(f"{path}: missing, expected four modalities and a segmentation for every case to train on")
+        missing = [path for path in case.images if not path.exists()]
+        if missing or case.label is None:
+            what = f"{missing[0]}: missing" if missing else f"{case.images[0].parent}: no segmentation in it"
+            raise InputError(f"{what}, expected four modalities and a segmentation for every case to train on")
     if len({case.et_label for case in cases}) > 1:
         raise InputError(f"--data {args.data}: {describe(cases)}; expected one generation")
     val_cases = [] if args.fold == "all" else split_folds(cases, args.folds, args.seed)[int(args.fold)]
@@ -217,6 +223,10 @@ def train(args, rank, world, device):
     network = SegResNet(filters=args.filters, norm=args.norm)
     projector = Projector(args.filters, args.dim, args.pool) if args.barlow_weight else None
     views = TwoViews(network, projector).to(device)
+    if device.type == "cpu":    # the faster layout there, most so with few filters (1x1x1 has but one layout, whose strides confuse DDP)
+        for module in views.modules():
+            if isinstance(module, nn.Conv3d) and module.kernel_size != (1, 1, 1):
+                module.to(memory_format=torch.channels_last_3d)
     # section 3.3: "AdamW optimizer with initial learning rate of 1e-4", "1e-5 weight decay and no dropout"
     optimizer = torch.optim.AdamW(views.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     precision = choose_precision(args.amp, device)
@@ -243,8 +253,10 @@ def train(args, rank, world, device):
               f"{sum(p.numel() for p in network.parameters()):,} parameters; epochs {first + 1} to {args.epochs} of {steps} steps", flush=True)
 
     # One loader for all epochs, so that its workers read on while an epoch ends.
-    schedule = [(epoch, case) for epoch in range(first, args.epochs) for case in epoch_order(train_cases, args.seed, epoch, world)[rank::world]]
-    samples = iter(DataLoader(Crops(schedule, args.crop, args.seed), batch_size=None, num_workers=args.workers, pin_memory=device.type == "cuda"))
+    schedule = [(epoch, case) for epoch in range(first, args.epochs)
+                for case in epoch_order(train_cases, args.seed, epoch, world)[rank::world]]
+    samples = iter(DataLoader(Crops(schedule, args.crop, args.seed), batch_size=None, num_workers=args.workers,
+                              pin_memory=device.type == "cuda"))
     for epoch in range(first, args.epochs):
         sums, start = torch.zeros(5, dtype=torch.float64, device=device), time.monotonic()
         for i in range(steps):

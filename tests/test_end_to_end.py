@@ -57,8 +57,9 @@ def test_the_figure_shows_truth_and_prediction_in_the_papers_colours(run, cohort
         run("examples/figure.py", "--cohort", cohort, "--predictions", predictions, "--case", case.name, "--runs", checkpoint.parent,
             "--out", tmp_path / "figure.png", ok=0)
         red, green, blue = np.moveaxis(plt.imread(tmp_path / "figure.png")[..., :3], -1, 0)
-        counts[what] = [int(((red > green + 0.15) & (green > blue + 0.15)).sum()),      # yellow: ET
-                        int(((red > 0.35) & (red > 2 * green) & (red > 2 * blue)).sum()),    # red: the rest of TC
-                        int(((green > red + 0.12) & (green > blue + 0.12)).sum())]      # green: the rest of WT
+        # half colour, half grey image: the differences between the channels are half the colour's
+        counts[what] = [int((np.minimum(red, green) > blue + 0.2).sum()),            # yellow: ET
+                        int((red > np.maximum(green, blue) + 0.25).sum()),           # red: the rest of TC
+                        int((green > np.maximum(red, blue) + 0.12).sum())]           # green: the rest of WT
     # drawn once above, and a second time where the prediction is the truth; legend and curves are the same in both
     assert all(full > once > 0 for once, full in zip(counts["empty"], counts["truth"]))

@@ -3,6 +3,7 @@
 import csv
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,7 +53,8 @@ def gradients_of_one_rank(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     torch.set_num_threads(1)
     views = two_views()
-    step_loss(DistributedDataParallel(views), case=rank).backward()
+    ddp = DistributedDataParallel(views)    # kept: its hooks, which average the gradients, go with it
+    step_loss(ddp, case=rank).backward()
     torch.save({name: p.grad for name, p in views.named_parameters()}, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -198,11 +200,10 @@ def test_under_torchrun_a_mistake_is_printed_once(run, cohort, tmp_path):
 
 
 def test_under_torchrun_a_file_that_one_process_cannot_read_ends_both(run, cohort, tmp_path):
-    import shutil
     broken = tmp_path / "cohort"
     shutil.copytree(cohort, broken)
     case = find_cases(broken)[0]
     case.images[2].write_bytes(case.images[2].read_bytes()[:2000])
     done = run("-m", "torch.distributed.run", "--nproc_per_node=2", "train.py", "--data", broken, "--out", tmp_path / "out", *SMALL, "--fold", "all", ok=1)
     assert done.stderr.count("train.py: error:") == 1 and case.images[2].name in done.stderr
-    assert "Traceback" not in done.stderr.split("torch.distributed.elastic")[0]
+    assert done.stderr.count("Traceback") == 1    # torchrun's own
