@@ -39,10 +39,10 @@ HD95_ONE_EMPTY = 373.13    # mm, BraTS's penalty, about the diagonal of its volu
 def predict(model, image, roi=(192, 192, 144), flips=False):
     """A whole case to probabilities: (4, D, H, W) normalised, zero outside the brain -> (3, D, H, W) float32 on the image's device.
 
-    Paper: silent on prediction. Here: a window of the training crop's size over the brain's bounding box; an axis that exceeds it by up
-    to 16 voxels grows to the next multiple of 8; beyond that, half-overlapping windows blended with a Gaussian. Zero outside the
-    windows; a volume smaller than the window is padded with zeros as in training.
-    Why: instance norm's statistics depend on the window, so it is that of training; a brain fits it as a rule.
+    Paper: silent on prediction. Here: a window of `roi` over the brain's bounding box; an axis that exceeds it by up to 16 voxels grows
+    to the next multiple of 8; beyond that, half-overlapping windows blended with a Gaussian. Zero outside the windows; a volume
+    smaller than the window is padded with zeros as in training.
+    Why: instance norm's statistics depend on the window, so for the paper's crop it is that of training; a brain fits it as a rule.
     flips: the mean over all 8 mirrorings. The model runs on its own device, under whatever autocast is on outside.
     """
     device = next(model.parameters()).device
@@ -64,6 +64,16 @@ def predict(model, image, roi=(192, 192, 144), flips=False):
     probabilities /= total.clamp_min(torch.finfo().tiny)    # outside the windows 0 / tiny = 0
     undo = tuple(slice((m - n) // 2, (m - n) // 2 + n) for m, n in zip(padded.shape[1:], image.shape[1:]))
     return probabilities[(slice(None), *undo)]
+
+
+def choose_window(image, crop):
+    """The `roi` for an image (4, D, H, W) and a network trained on `crop`: the crop, grown to the brain up to the paper's 192x192x144.
+
+    Why: a small window may hold no tumour. Eq. 4 has no gradient for such a crop, so no network learns to leave it empty, and
+    instance norm scales up whatever it holds. For the paper's crop this changes nothing.
+    """
+    extents = [math.ceil((hi - lo) / 8) * 8 for lo, hi in brain_box(image)]
+    return tuple(max(side, min(extent, most)) for side, extent, most in zip(crop, extents, (192, 192, 144)))
 
 
 def brain_box(image):
@@ -151,14 +161,14 @@ def print_table(rows):
 
     The paper does not explain its +-, about 0.01. Here: the sd over cases, which is larger.
     """
-    print(f"\n{'':<12}{'Dice':<48}Hausdorff95, mm")
-    print(f"{'':<12}" + "".join(f"{region:<16}" for region in REGIONS * 2) + "cases")
+    print(f"\n{'':<10}{'Dice':<57}Hausdorff95, mm")
+    print(f"{'':<10}" + "".join(f"{region:<19}" for region in REGIONS * 2) + "cases")
     folds = sorted({row["fold"] for row in rows}, key=str)
     groups = [(f"fold {fold}", [row for row in rows if row["fold"] == fold]) for fold in folds if fold != ""]
     for name, group in [*groups, ("mean", rows)]:
         values = np.array([[float(row[column]) for column in COLUMNS] for row in group])
         cells = [f"{m:.4f} ± {s:.3f}" for m, s in zip(values.mean(0), values.std(0))]
-        print(f"{name:<12}" + "".join(f"{cell:<16}" for cell in cells) + str(len(group)))
+        print(f"{name:<10}" + "".join(f"{cell:<19}" for cell in cells) + str(len(group)))
     print("(mean ± sd over cases)")
 
 
@@ -173,7 +183,6 @@ def load_checkpoint(path):
         model = SegResNet(filters=settings["filters"], norm=settings["norm"])
         model.load_state_dict(checkpoint["model"])
         checkpoint["model"] = model.eval()
-        checkpoint["roi"] = tuple(settings["crop"])
         return checkpoint
     except FileNotFoundError:
         raise InputError(f"--checkpoints {path}: no such file, expected best.pt or last.pt of a run of train.py") from None
@@ -187,7 +196,8 @@ def predict_case(case, checkpoints, args):
     """Predicts, ensembles, paints and writes one case. The label file comes last: where it exists, the case is finished."""
     image, _, _ = load_case(case._replace(label=None))
     image = normalize(image)
-    maps = torch.stack([predict(checkpoint["model"], image, checkpoint["roi"], args.flips) for checkpoint in checkpoints])
+    maps = torch.stack([predict(checkpoint["model"], image, choose_window(image, checkpoint["settings"]["crop"]), args.flips)
+                        for checkpoint in checkpoints])
     probabilities = METHODS[args.ensemble](maps)    # (N, 3, D, H, W) -> (3, D, H, W)
     if args.probabilities:
         save_volume(args.out / "probabilities" / f"{case.name}.nii.gz", probabilities.numpy(), case.images[0])

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from barlow import Projector, barlow_twins_terms, soft_dice_loss
 from data import (REGIONS, InputError, augment, case_generator, describe, exit_with, find_cases, labels_to_regions, load_case, make_folder,
                   normalize, random_crop, random_flip, regions_to_labels, show_progress, split_folds)
-from infer import dice, predict, write_csv
+from infer import choose_window, dice, predict, write_csv
 from segresnet import NORMS, SegResNet
 
 
@@ -160,8 +160,9 @@ def validate(network, cases, crop, autocast, device, rank, world):
         except InputError as error:
             failure = error
             break
+        image = normalize(image)
         with autocast:
-            probabilities = predict(network, normalize(image), crop)
+            probabilities = predict(network, image, choose_window(image, crop))
         painted = labels_to_regions(regions_to_labels(probabilities > 0.5))
         total += torch.tensor([dice(p, t) for p, t in zip(painted, target)], dtype=torch.float64, device=device)
     stop_together(failure, world, device)
@@ -194,7 +195,7 @@ def load_last(path, expected):
         if "optimizer" not in last:
             raise ValueError("no optimizer's state, as in best.pt")
     except Exception as error:    # torch.load raises whatever its unpickler and zip reader meet
-        raise InputError(f"{path}: not a checkpoint to go on from ({type(error).__name__}), expected the last.pt of a run; move it away") from None
+        raise InputError(f"{path}: not a checkpoint of train.py's to go on from ({type(error).__name__}), expected the last.pt of a run; move it away") from None
     for name, value in expected.items():
         if found.get(name) != value:
             if name.endswith("_cases"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data import find_cases, labels_to_regions, load_case, normalize, regions_to_labels
-from infer import HD95_ONE_EMPTY, axis_windows, dice, hausdorff95, load_checkpoint, predict
+from infer import HD95_ONE_EMPTY, axis_windows, choose_window, dice, hausdorff95, load_checkpoint, predict
 from segresnet import SegResNet
 
 
@@ -35,6 +35,17 @@ def model():
 ])
 def test_windows_along_one_axis(lo, hi, n, side, starts, grown):
     assert axis_windows(lo, hi, n, side) == (starts, grown)
+
+
+@pytest.mark.parametrize(("extents", "crop", "window"), [
+    ((140, 178, 136), (192, 192, 144), (192, 192, 144)),    # the paper's crop stays
+    ((134, 177, 136), (96, 96, 96), (136, 184, 136)),       # grown to the brain, in multiples of 8
+    ((200, 90, 150), (96, 96, 96), (192, 96, 144)),         # up to the paper's; predict() grows or blends beyond
+])
+def test_the_window_grows_to_the_brain_up_to_the_papers(extents, crop, window):
+    image = torch.zeros(4, 240, 240, 155)
+    image[2, 10:10 + extents[0], 20:20 + extents[1], 3:3 + extents[2]] = 1.0
+    assert choose_window(image, crop) == window
 
 
 def test_one_window_is_the_network_on_that_box_and_zero_outside(model):
