@@ -1,5 +1,6 @@
 """The losses of section 3.1: soft Dice (Eq. 4) and the Barlow Twins term for segmentation (Eq. 1-3), with its projection branch.
 
+Paper: Siddiquee and Myronenko, "Redundancy Reduction in Semantic Segmentation of 3D Brain Tumor MRIs", arXiv:2111.00742. Code: MIT licence.
 The file stands alone: it needs PyTorch and nothing else. Two augmented views of one crop, through one network:
 
     projector = Projector(in_channels=32)
@@ -26,14 +27,15 @@ def soft_dice_loss(probabilities, target, eps=1e-5):
 
     probabilities: (B, C, D, H, W), any float dtype, in [0, 1], that is after the sigmoid. target: the same shape, 0 or 1,
     bool or any number. Returns a scalar in [0, 1].
-    Raises ValueError for unequal shapes. A class with an empty target has the loss 1 and the gradient 0 exactly: its product is 0 whatever is predicted.
+    A class with an empty target has the loss 1 and the gradient 0 exactly: its product is 0 whatever is predicted.
+    Raises ValueError for unequal shapes.
     """
     if probabilities.shape != target.shape:
         raise ValueError(f"probabilities are {tuple(probabilities.shape)} and the target {tuple(target.shape)}, expected one shape")
     p_pred, p_true = _at_least_float32(probabilities), _at_least_float32(target)
     axes = (2, 3, 4)
     # Eq. 4: L_dice = 1 - 2 * sum(p_true * p_pred) / (sum(p_true^2) + sum(p_pred^2) + eps)
-    loss = 1 - 2 * (p_true * p_pred).sum(axes) / ((p_true**2).sum(axes) + (p_pred**2).sum(axes) + eps)   # (B, C)
+    loss = 1 - 2 * (p_true * p_pred).sum(axes) / ((p_true**2).sum(axes) + (p_pred**2).sum(axes) + eps)    # (B, C)
     return loss.mean()
 
 

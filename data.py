@@ -1,5 +1,6 @@
 """BraTS cases: finding, reading, normalising, augmenting, writing. Section 3.4, and section 4 for the crop and the folds.
 
+Paper: Siddiquee and Myronenko, "Redundancy Reduction in Semantic Segmentation of 3D Brain Tumor MRIs", arXiv:2111.00742. Code: MIT licence.
 In memory every volume is LPS (axis 0 towards the patient's left, 1 posterior, 2 superior), BraTS's own orientation, whatever
 the file's is; channels are t1, t1ce, t2, flair; regions are ET, TC, WT, the order of the paper's tables.
 The file stands alone: PyTorch, NumPy and nibabel. As a command it checks a cohort:

@@ -1,5 +1,6 @@
 """Confidence-based ensembling: section 3.2. Mean, geometric mean, and the mean of the N/2 most confident maps.
 
+Paper: Siddiquee and Myronenko, "Redundancy Reduction in Semantic Segmentation of 3D Brain Tumor MRIs", arXiv:2111.00742. Code: MIT licence.
 Maps are sigmoid probabilities, (N, C, D, H, W): N maps of one case, C regions, each region ensembled by itself.
 The file stands alone: PyTorch, NumPy and nibabel. As a command it merges folders of saved maps, `infer.py --probabilities`'s
 or any other tool's of the same form (one <case>.nii.gz a case, float, X, Y, Z, 3 in the order ET, TC, WT), case by case,

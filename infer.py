@@ -1,7 +1,7 @@
 """Prediction, segmentations, Dice, HD95 and the tables: section 4.
 
     python infer.py CASE_OR_COHORT ... --checkpoints runs/fold*/best.pt [--out predictions]      # ensembled as in section 3.2
-    python infer.py data/BraTS2021_Training_Data --checkpoints runs/fold*/best.pt --held-out     # Table 2: each by the fold it was kept from
+    python infer.py data/BraTS2021_Training_Data --checkpoints runs/fold*/best.pt --held-out    # Table 2: by the fold it was kept from
     torchrun --nproc_per_node=4 infer.py ...                                                     # the cases shared out over four GPUs
     python infer.py --score PREDICTIONS --truth COHORT                                           # anybody's folder of <case>.nii.gz
 
@@ -239,7 +239,7 @@ def run(args, rank, world):
         if not cases:
             raise InputError(f"--truth {args.truth}: no case has a segmentation, expected <case>_seg.nii.gz beside its images")
     if rank == 0:
-        print(describe(cases) + (f"; {len(checkpoints)} checkpoints, ensemble: {args.ensemble}" if checkpoints else ""), flush=True)
+        print(describe(cases) + (f"; {len(checkpoints)} checkpoint{'s' * (len(checkpoints) > 1)}" if checkpoints else ""), flush=True)
         seen = sum(any(case.name in c["train_cases"] for c in chosen[case.name]) for case in cases) if checkpoints else 0
         if seen:
             print(f"warning: {seen} cases were trained on by a checkpoint that predicts them; --held-out would leave it out", flush=True)
@@ -256,7 +256,7 @@ def run(args, rank, world):
                 if not finished:
                     predict_case(case, chosen[case.name], args)
             if case.label:
-                fold = "/".join(sorted({str(c["settings"]["fold"]) for c in chosen[case.name]})) if args.held_out else ""
+                fold = "/".join(sorted({str(c["settings"]["fold"]) for c in chosen[case.name]})) if checkpoints and args.held_out else ""
                 scores = [f"{value:.6g}" for value in score_case(case, path)]
                 rows.append({"case": case.name, "fold": fold, **dict(zip(COLUMNS, scores))})
         except InputError as error:

@@ -1,5 +1,6 @@
-"""SegResNet: the backbone of section 3, Table 1 of "Redundancy Reduction in Semantic Segmentation of 3D Brain Tumor MRIs".
+"""SegResNet: the backbone of section 3, Table 1.
 
+Paper: Siddiquee and Myronenko, "Redundancy Reduction in Semantic Segmentation of 3D Brain Tumor MRIs", arXiv:2111.00742. Code: MIT licence.
 An encoder-decoder of pre-activation residual blocks. `print(SegResNet())` reads as Table 1, row by row.
 The file stands alone: it needs PyTorch and nothing else.
 
@@ -17,8 +18,8 @@ def make_norm(norm, channels):
 
     Paper: Table 1's caption says "IN stands for group normalization", section 3 that instance normalisation replaced it.
     Here: instance normalisation without affine parameters or running statistics, eps 1e-5.
-    Why: section 3 says so at length, and those are the defaults of the MONAI network that the paper used. "instance_affine"
-    and "group" (8 groups) are there to load other people's weights.
+    Why: section 3 says so at length; affine and eps are as MONAI has them when its SegResNet is asked for "instance".
+    "instance_affine" and "group" (8 groups, MONAI's default) are there to load other people's weights.
     """
     if norm == "group":
         return nn.GroupNorm(8, channels)

@@ -1,4 +1,4 @@
-"""The training loop: sections 3.3 and 4. Every default is the paper's.
+"""The training loop: sections 3.3 and 4. The defaults are the paper's; where it is silent, the README's table of choices has them.
 
     torchrun --nproc_per_node=4 train.py --fold 0      # the paper's run, once for each of the folds 0 to 4; four cases a step
     python train.py --fold 0                           # the same program on one GPU or the CPU; one case a step
@@ -195,7 +195,8 @@ def load_last(path, expected):
         if "optimizer" not in last:
             raise ValueError("no optimizer's state, as in best.pt")
     except Exception as error:    # torch.load raises whatever its unpickler and zip reader meet
-        raise InputError(f"{path}: not a checkpoint of train.py's to go on from ({type(error).__name__}), expected the last.pt of a run; move it away") from None
+        raise InputError(f"{path}: not a checkpoint of train.py's to go on from ({type(error).__name__}), "
+                         "expected the last.pt of a run; move it away") from None
     for name, value in expected.items():
         if found.get(name) != value:
             if name.endswith("_cases"):
