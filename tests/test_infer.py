@@ -127,8 +127,8 @@ def test_hausdorff95_by_hand():
 def test_the_inside_of_a_mask_does_not_count():
     solid, shell = mask((slice(2, 12),) * 3), mask((slice(2, 12),) * 3)
     shell[3:11, 3:11, 3:11] = False
-    assert hausdorff95(solid, shell) == 0.0 or hausdorff95(solid, shell) == pytest.approx(1.0)    # the shell's inner wall is surface
-    assert hausdorff95(solid, mask((slice(5, 9),) * 3)) == pytest.approx(hausdorff95(shell & solid, mask((slice(5, 9),) * 3)), abs=1.0)
+    # a shell one voxel thick is the solid's surface: were the inside counted, its voxels would be up to 4 away
+    assert hausdorff95(solid, shell) == 0.0
 
 
 def test_hausdorff95_equals_monai_on_phantom_masks(cohort):
