@@ -252,7 +252,9 @@ def train(args, rank, world, device):
     if rank == 0:
         print(f"{describe(cases)}\nfold {args.fold}: {len(train_cases)} cases to train on, {len(val_cases)} to validate; "
               f"{world} process{'es' * (world > 1)} on {device.type}, {str(precision or torch.float32).removeprefix('torch.')}; "
-              f"{sum(p.numel() for p in network.parameters()):,} parameters; epochs {first + 1} to {args.epochs} of {steps} steps", flush=True)
+              f"{sum(p.numel() for p in network.parameters()):,} parameters; "
+              + (f"epochs {first + 1} to {args.epochs} of {steps} steps" if first < args.epochs else f"all {first} epochs were done before"),
+              flush=True)
 
     # One loader for all epochs, so that its workers read on while an epoch ends.
     schedule = [(epoch, case) for epoch in range(first, args.epochs)
