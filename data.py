@@ -18,6 +18,7 @@ import time
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -202,7 +203,7 @@ def _check_same_grid(path, shape, affine, other_path, other_shape, other_affine)
 def save_volume(path, volume, like):
     """Writes a volume in LPS, (D, H, W) labels or (3, D, H, W) maps, as the file `like` is: its orientation, affine and units.
 
-    The dtype is the volume's; maps become X, Y, Z, 3. Written beside and renamed, so that `path` is never half a file.
+    The dtype is the volume's; maps become X, Y, Z, 3. `path` is never half a file.
     """
     like, path = nib.load(like), Path(path)
     array = np.moveaxis(np.asarray(volume), 0, -1) if volume.ndim == 4 else np.asarray(volume)
@@ -212,9 +213,18 @@ def save_volume(path, volume, like):
     header.set_data_shape(array.shape)
     header.set_data_dtype(array.dtype)
     header["cal_min"] = header["cal_max"] = 0    # the display range of `like` means nothing here
+    with whole_file(path) as beside:
+        nib.save(nib.Nifti1Image(array, like.affine, header), beside)
+
+
+@contextmanager
+def whole_file(path):
+    """Gives a path to write to; once that is on the disk, it is renamed to `path`, which is the old file or the new one, never half."""
     beside = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        nib.save(nib.Nifti1Image(array, like.affine, header), beside)
+        yield beside
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from scipy import ndimage
 
 from data import (REGIONS, InputError, describe, exit_with, find_cases, labels_to_regions, load_case, make_folder, normalize, pad_to,
-                  read_labels, regions_to_labels, save_volume, show_progress)
+                  read_labels, regions_to_labels, save_volume, show_progress, whole_file)
 from ensemble import METHODS
 from segresnet import SegResNet
 
@@ -144,16 +144,11 @@ COLUMNS = [f"dice_{region.lower()}" for region in REGIONS] + [f"hd95_{region.low
 
 
 def write_csv(path, rows):
-    """Dicts of one set of keys -> CSV; written beside and renamed."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(beside, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    """Dicts of one set of keys -> CSV; `path` is never half a table."""
+    with whole_file(path) as beside, open(beside, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def print_table(rows):

@@ -9,7 +9,6 @@ The same command with an OUT that holds last.pt goes on where that stopped.
 """
 
 import argparse
-import io
 import math
 import os
 import sys
@@ -24,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from barlow import Projector, barlow_twins_terms, soft_dice_loss
 from data import (REGIONS, InputError, augment, case_generator, describe, exit_with, find_cases, labels_to_regions, load_case, make_folder,
-                  normalize, random_crop, random_flip, regions_to_labels, show_progress, split_folds)
+                  normalize, random_crop, random_flip, regions_to_labels, show_progress, split_folds, whole_file)
 from infer import choose_window, dice, predict, write_csv
 from segresnet import NORMS, SegResNet
 
@@ -173,18 +172,9 @@ def validate(network, cases, crop, autocast, device, rank, world):
 
 
 def save_checkpoint(path, checkpoint):
-    """Tensors, numbers and strings only. Written beside, flushed, renamed: `path` is the old checkpoint or the new one, never half."""
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    beside = path.with_name(f".{path.name}")
-    try:
-        with open(beside, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    """Tensors, numbers and strings only; `path` is never half a checkpoint."""
+    with whole_file(path) as beside:
+        torch.save(checkpoint, beside)
 
 
 def load_last(path, expected):
