@@ -12,6 +12,7 @@ import argparse
 import logging
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -26,6 +27,7 @@ from typing import NamedTuple
 import nibabel as nib
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
 
 REGIONS = ("ET", "TC", "WT")
@@ -219,13 +221,19 @@ def save_volume(path, volume, like):
 
 @contextmanager
 def whole_file(path):
-    """Gives a path to write to; once that is on the disk, it is renamed to `path`, which is the old file or the new one, never half."""
+    """Gives a path to write to; once that is on the disk, it is renamed to `path`, which is the old file or the new one, never half.
+
+    Raises OSError with the path in it.
+    """
     beside = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         yield beside
         with open(beside, "rb") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except OSError as error:
+        error.filename = str(path)    # a write does not say to which file
+        raise
     finally:
         beside.unlink(missing_ok=True)
 
@@ -379,10 +387,18 @@ def make_folder(path):
         raise InputError(f"--out {path}: cannot be written ({error.strerror}), expected a folder on a disk with room") from None
 
 
+def join_ranks(backend, rank, world):
+    """Under torchrun, the process group. Each start after a restart has a part of the store to itself: the last start's addresses are dead."""
+    store, _, _ = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+
+
 def exit_with(error, rank=0):
     """Ends a command for an InputError or OSError: one line, exit code 2."""
-    if rank:
-        time.sleep(10)    # under torchrun every rank has the same error: rank 0 prints it, and torchrun ends the others meanwhile
+    if rank:    # under torchrun every rank has the same error: rank 0 prints it, and torchrun ends the others meanwhile
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(10)
     if isinstance(error, OSError):
         error = f"{error.filename or 'output'}: {error.strerror or error}, expected a disk that can be written and has room"
     print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)

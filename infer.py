@@ -15,6 +15,7 @@ import csv
 import itertools
 import math
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 import torch.distributed as dist
 from scipy import ndimage
 
-from data import (REGIONS, InputError, describe, exit_with, find_cases, labels_to_regions, load_case, make_folder, normalize, pad_to,
+from data import (REGIONS, InputError, describe, exit_with, find_cases, join_ranks, labels_to_regions, load_case, make_folder, normalize, pad_to,
                   read_labels, regions_to_labels, save_volume, show_progress, whole_file)
 from ensemble import METHODS
 from segresnet import SegResNet
@@ -263,7 +264,10 @@ def run(args, rank, world):
 
     if world > 1:
         shares = [None] * world
-        dist.all_gather_object(shares, (rows, failures, kept))
+        try:
+            dist.all_gather_object(shares, (rows, failures, kept))
+        except RuntimeError:    # a rank is gone, and has said why
+            sys.exit(2)
         rows, failures = [row for share in shares for row in share[0]], [failure for share in shares for failure in share[1]]
         kept = sum(share[2] for share in shares)
     if rank == 0:
@@ -306,14 +310,19 @@ def main():
     parser.add_argument("--truth", type=Path, metavar="COHORT", help="the cases to score PREDICTIONS against")
     args = parser.parse_args()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    for number in (signal.SIGTERM, signal.SIGINT):    # what is written just then is taken away
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         if args.score is None and not (args.cases and args.checkpoints):
             raise InputError("expected CASE_OR_COHORT and --checkpoints, or --score and --truth")
         if args.score is not None and args.truth is None:
             raise InputError(f"--score {args.score}: expected --truth COHORT with it, the folder of the segmentations")
         if world > 1:
-            dist.init_process_group("gloo")    # only scores are exchanged
+            join_ranks("gloo", rank, world)    # only scores are exchanged
         failures = run(args, rank, world)
+    except torch.OutOfMemoryError as error:
+        exit_with(InputError(f"--checkpoints: a window of their --crop and --filters does not fit into the GPU's memory "
+                             f"({' '.join(str(error).split())[:80]}), expected a smaller one of either"), rank)
     except (InputError, OSError) as error:
         exit_with(error, rank)
     if world > 1:

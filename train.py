@@ -4,13 +4,16 @@
     python train.py --fold 0                           # the same program on one GPU or the CPU; one case a step
     python train.py --data DIR --fold all              # on every case, none held out
 
-Writes OUT/last.pt every epoch, OUT/best.pt whenever the mean Dice of the fold's validation cases is the best so far, and OUT/log.csv.
-The same command with an OUT that holds last.pt goes on where that stopped.
+Writes OUT/last.pt every epoch and every ten minutes, OUT/best.pt whenever the mean Dice of the fold's validation cases is the best so far,
+and OUT/log.csv. The same command with an OUT that holds last.pt goes on where that stopped, and ends with the weights of a run that was
+never stopped. SIGTERM and SIGINT finish the step, save and leave, with exit code 143 and 130. last.pt's "finished" says whether all epochs are done.
 """
 
 import argparse
+import io
 import math
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -22,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from barlow import Projector, barlow_twins_terms, soft_dice_loss
-from data import (REGIONS, InputError, augment, case_generator, describe, exit_with, find_cases, labels_to_regions, load_case, make_folder,
+from data import (REGIONS, InputError, augment, case_generator, describe, exit_with, find_cases, join_ranks, labels_to_regions, load_case, make_folder,
                   normalize, random_crop, random_flip, regions_to_labels, show_progress, split_folds, whole_file)
 from infer import choose_window, dice, predict, write_csv
 from segresnet import NORMS, SegResNet
@@ -128,6 +131,11 @@ class TwoViews(nn.Module):
         return logits, self.projector(features[:1]), self.projector(features[1:])
 
 
+def cosine(lr, step, steps):
+    """Section 3.3: "progressively decrease it according to Cosine schedule". Here: every step, down to zero, no warm-up."""
+    return lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
 def epoch_order(cases, seed, epoch, world):
     """The epoch's cases in random order, the first ones again at its end until every rank has as many."""
     generator = case_generator(seed, epoch, "order")
@@ -136,24 +144,42 @@ def epoch_order(cases, seed, epoch, world):
     return [order[i % len(order)] for i in range(steps * world)]
 
 
-def stop_together(failure, world, device):
-    """Ends every rank if one has a `failure` (or None): that one prints it, and no other is left waiting for it in a collective."""
-    failed = torch.tensor(float(failure is not None), device=device)
+SAVE_EVERY = 600    # seconds, within an epoch
+
+
+def leave_terminal(_):
+    """For the processes that read: Ctrl-C shall not end them before the step under way has its samples."""
+    os.setsid()
+
+
+def agree(failure, wish, world, device):
+    """Ends every rank if one has a `failure` (or None): that one prints it, and no other is left waiting for it in a collective.
+
+    Otherwise the largest `wish` of all ranks: 0 go on, 1 save, 128 + a signal's number: save and leave with this exit code.
+    """
+    told = torch.tensor([float(failure is not None), wish], device=device)
     if world > 1:
-        dist.all_reduce(failed)
+        dist.all_reduce(told, dist.ReduceOp.MAX)
     if failure is not None:
         exit_with(failure)
+    failed, wish = told.tolist()
     if failed:
         time.sleep(10)    # torchrun ends this rank as soon as the other one has left
         sys.exit(2)
+    return int(wish)
 
 
 @torch.no_grad()
-def validate(network, cases, crop, autocast, device, rank, world):
-    """The mean Dice of ET, TC, WT (3,) over whole cases, predicted and painted as `infer.py` would. Each case on one rank, once."""
+def validate(network, cases, crop, autocast, device, rank, world, epoch, signals):
+    """The mean Dice of ET, TC, WT (3,) over whole cases, predicted and painted as `infer.py` would. Each case on one rank, once.
+
+    Leaves when a signal has come: what precedes validation is saved.
+    """
     network.eval()
     total, failure = torch.zeros(3, dtype=torch.float64, device=device), None
     for case in cases[rank::world]:
+        if signals:
+            break
         try:
             image, target, _ = load_case(case)
         except InputError as error:
@@ -164,17 +190,27 @@ def validate(network, cases, crop, autocast, device, rank, world):
             probabilities = predict(network, image, choose_window(image, crop))
         painted = labels_to_regions(regions_to_labels(probabilities > 0.5))
         total += torch.tensor([dice(p, t) for p, t in zip(painted, target)], dtype=torch.float64, device=device)
-    stop_together(failure, world, device)
+    wish = agree(failure, 128 + signals[0] if signals else 0, world, device)
+    if wish:
+        leave(wish, rank, f"before the validation of epoch {epoch}")
     if world > 1:
         dist.all_reduce(total)
     network.train()
     return (total / len(cases)).tolist()
 
 
+def leave(wish, rank, where):
+    if rank == 0:
+        print(f"{signal.Signals(wish - 128).name}: stopped {where}, and saved; the same command goes on from there", flush=True)
+    sys.exit(wish)
+
+
 def save_checkpoint(path, checkpoint):
-    """Tensors, numbers and strings only; `path` is never half a checkpoint."""
+    """Tensors, numbers and strings only; `path` is never half a checkpoint. Raises OSError."""
+    buffer = io.BytesIO()    # torch.save to a file hides a full disk behind an error of its own
+    torch.save(checkpoint, buffer)
     with whole_file(path) as beside:
-        torch.save(checkpoint, beside)
+        beside.write_bytes(buffer.getbuffer())
 
 
 def load_last(path, expected):
@@ -214,7 +250,7 @@ def train(args, rank, world, device):
     torch.manual_seed(args.seed)
     network = SegResNet(filters=args.filters, norm=args.norm)
     projector = Projector(args.filters, args.dim, args.pool) if args.barlow_weight else None
-    views = TwoViews(network, projector).to(device)
+    views, scores = TwoViews(network, projector).to(device), None
     if device.type == "cpu":    # the faster layout there, most so with few filters (1x1x1 has but one layout, whose strides confuse DDP)
         for module in views.modules():
             if isinstance(module, nn.Conv3d) and module.kernel_size != (1, 1, 1):
@@ -228,13 +264,15 @@ def train(args, rank, world, device):
     settings = {name: value for name, value in vars(args).items() if name not in ("data", "out", "workers")}
     settings.update(crop=list(args.crop), world=world)
     about = {"train_cases": [case.name for case in train_cases], "val_cases": [case.name for case in val_cases]}
-    first, best, log = 0, -1.0, []
+    first, done, best, log = 0, 0, -1.0, []    # epochs done, and steps of the next one
+    sums, seconds = torch.zeros(5, dtype=torch.float64, device=device), 0.0    # over those steps: the loss and its terms
     if (args.out / "last.pt").exists():
         last = load_last(args.out / "last.pt", {**settings, **about})
         views.load_state_dict(last["views"])
         optimizer.load_state_dict(last["optimizer"])
         scaler.load_state_dict(last["scaler"])
-        first, best, log = last["epoch"], last["best"], last["log"]
+        first, done, best, log, seconds = (last[name] for name in ("epoch", "step", "best", "log", "seconds"))
+        sums += torch.tensor(last["sums"]) if rank == 0 else 0    # they are those of all ranks
     # views.network, not model.module: checkpoints carry no "module." prefix
     model = DistributedDataParallel(views, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else views
 
@@ -243,25 +281,54 @@ def train(args, rank, world, device):
         print(f"{describe(cases)}\nfold {args.fold}: {len(train_cases)} cases to train on, {len(val_cases)} to validate; "
               f"{world} process{'es' * (world > 1)} on {device.type}, {str(precision or torch.float32).removeprefix('torch.')}; "
               f"{sum(p.numel() for p in network.parameters()):,} parameters; "
-              + (f"epochs {first + 1} to {args.epochs} of {steps} steps" if first < args.epochs else f"all {first} epochs were done before"),
-              flush=True)
+              + (f"epochs {first + 1} to {args.epochs} of {steps} steps" if first < args.epochs else f"all {first} epochs were done before")
+              + (f", {done} steps of epoch {first + 1} done before" if done else ""), flush=True)
+        for leftover in args.out.glob(".*.pt"):    # of a run killed while it wrote
+            leftover.unlink()
+
+    def save(epoch, step, better=False):
+        """last.pt, from which everything else follows, comes last. Every rank calls it: a disk that fails ends them all."""
+        total, failure = sums.clone(), None
+        if world > 1:
+            dist.all_reduce(total)
+        if rank == 0:
+            checkpoint = {"model": network.state_dict(), "settings": settings, **about, "et_label": cases[0].et_label, "epoch": epoch,
+                          "dice": scores or []}
+            try:
+                if better:
+                    save_checkpoint(args.out / "best.pt", checkpoint)
+                if log:
+                    write_csv(args.out / "log.csv", log)
+                save_checkpoint(args.out / "last.pt", {
+                    **checkpoint, "views": views.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                    "step": step, "finished": epoch == args.epochs, "best": best, "log": log, "sums": total.tolist(), "seconds": seconds})
+            except OSError as error:
+                failure = error
+        agree(failure, 0, world, device)
 
     # One loader for all epochs, so that its workers read on while an epoch ends.
     schedule = [(epoch, case) for epoch in range(first, args.epochs)
-                for case in epoch_order(train_cases, args.seed, epoch, world)[rank::world]]
+                for case in epoch_order(train_cases, args.seed, epoch, world)[rank::world]][done:]
     samples = iter(DataLoader(Crops(schedule, args.crop, args.seed), batch_size=None, num_workers=args.workers,
-                              pin_memory=device.type == "cuda"))
+                              pin_memory=device.type == "cuda", worker_init_fn=leave_terminal))
+    signals, saved = [], time.monotonic()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: signals.append(number))
     for epoch in range(first, args.epochs):
-        sums, start = torch.zeros(5, dtype=torch.float64, device=device), time.monotonic()
-        for i in range(steps):
+        start = time.monotonic() - seconds
+        for i in range(done, steps):
             sample = next(samples)
-            stop_together(sample if isinstance(sample, InputError) else None, world, device)
+            wish = 128 + signals[0] if signals else int(time.monotonic() - saved > SAVE_EVERY)
+            wish = agree(sample if isinstance(sample, InputError) else None, wish, world, device)
+            if wish:
+                save(epoch, i)
+                saved = time.monotonic()
+            if wish > 1:
+                leave(wish, rank, f"in epoch {epoch + 1}, after step {i}")
             image, target, views_seed, name = sample
 
-            # section 3.3: "progressively decrease it according to Cosine schedule"; Here: every step, down to zero, no warm-up
-            lr = args.lr * 0.5 * (1 + math.cos(math.pi * (epoch * steps + i) / (args.epochs * steps)))
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = cosine(args.lr, epoch * steps + i, args.epochs * steps)
 
             # section 3.1: "we copy it and augment it each copy independently, forming a batch of 2"
             x = image.to(device, non_blocking=True).expand(2, -1, -1, -1, -1)        # (2, 4, D, H, W)
@@ -277,48 +344,41 @@ def train(args, rank, world, device):
             barlow = invariance + args.lambd * redundancy                            # Eq. 3
             loss = dice_loss + args.barlow_weight * barlow
             terms = torch.stack([loss, dice_loss, barlow, invariance, redundancy]).detach()
-            stop_together(None if loss.isfinite() else InputError(
+            agree(None if loss.isfinite() else InputError(
                 f"{name}: loss is not finite in epoch {epoch + 1}, step {i + 1} (Dice {dice_loss:g}, Barlow Twins {barlow:g}), "
-                "expected a number; try a lower --lr or --amp off"), world, device)
+                "expected a number; try a lower --lr or --amp off"), 0, world, device)
 
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
             sums += terms
+            seconds = time.monotonic() - start
             if rank == 0:
                 show_progress(f"epoch {epoch + 1}/{args.epochs}, loss {loss:.4f}, step", i + 1, steps, start)
 
-        seconds = time.monotonic() - start
+        means = sums / (steps * world)
         if world > 1:
-            dist.all_reduce(sums)
-        means = (sums / (steps * world)).tolist()
-        scores = None
+            dist.all_reduce(means)
+        means = means.tolist()
         if val_cases and ((epoch + 1) % args.validate_every == 0 or epoch + 1 == args.epochs):
-            scores = validate(network, val_cases, args.crop, autocast, device, rank, world)
+            save(epoch, steps)    # validation takes long, and a scan that cannot be read ends it
+            scores = validate(network, val_cases, args.crop, autocast, device, rank, world, epoch + 1, signals)
+        lr = cosine(args.lr, (epoch + 1) * steps - 1, args.epochs * steps)    # the last step's
         row = {"epoch": epoch + 1, "lr": lr, **dict(zip(("loss", "dice_loss", "barlow", "invariance", "redundancy"), means)),
                **{f"dice_{region.lower()}": scores[r] if scores else "" for r, region in enumerate(REGIONS)},
                "dice_mean": sum(scores) / 3 if scores else "", "seconds": seconds, "cases_per_second": steps * world / seconds}
         log.append({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
-        failure = None
         if rank == 0:
             left = time.strftime("%H:%M:%S", time.gmtime((args.epochs - epoch - 1) * seconds))
             dices = "  Dice " + ", ".join(f"{region} {score:.4f}" for region, score in zip(REGIONS, scores)) if scores else ""
             print(f"epoch {epoch + 1}/{args.epochs}  loss {means[0]:.4f} (Dice {means[1]:.4f}, Barlow Twins {means[2]:.3f})  lr {lr:.2e}  "
                   f"{steps * world / seconds:.2f} cases/s  {left} left{dices}", flush=True)
-            checkpoint = {"model": network.state_dict(), "settings": settings, **about, "et_label": cases[0].et_label, "epoch": epoch + 1,
-                          "dice": scores or []}
-            better = scores is not None and sum(scores) / 3 > best
-            best = sum(scores) / 3 if better else best
-            try:
-                if better:
-                    save_checkpoint(args.out / "best.pt", checkpoint)
-                save_checkpoint(args.out / "last.pt", {**checkpoint, "views": views.state_dict(), "optimizer": optimizer.state_dict(),
-                                                       "scaler": scaler.state_dict(), "best": best, "log": log})
-                write_csv(args.out / "log.csv", log)
-            except OSError as error:
-                failure = error
-        stop_together(failure, world, device)
+        better = scores is not None and sum(scores) / 3 > best
+        best = sum(scores) / 3 if better else best
+        sums, seconds, done = torch.zeros_like(sums), 0.0, 0
+        save(epoch + 1, 0, better)
+        scores, saved = None, time.monotonic()
 
 
 def main():
@@ -330,8 +390,14 @@ def main():
         torch.backends.cudnn.benchmark = True    # every step has the same shape
     try:
         if world > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            join_ranks("nccl" if device.type == "cuda" else "gloo", rank, world)
         train(args, rank, world, device)
+    except KeyboardInterrupt:    # before the first step
+        sys.exit(128 + signal.SIGINT)
+    except torch.OutOfMemoryError:
+        error = InputError(f"--crop {' '.join(map(str, args.crop))} with --filters {args.filters} does not fit into the memory of "
+                           f"{device}, expected a smaller --crop or fewer --filters")
+        exit_with(error, rank)
     except (InputError, OSError) as error:
         exit_with(error, rank)
     if world > 1:
