@@ -10,6 +10,7 @@ The file stands alone: PyTorch, NumPy and nibabel. As a command it checks a coho
 
 import argparse
 import logging
+import math
 import os
 import re
 import signal
@@ -36,7 +37,10 @@ logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)    # it logs what
 
 
 class InputError(ValueError):
-    """What the user can mend. The message is one line: file or flag, what was found, what was expected, what to do."""
+    """What the user can mend. The message is one printable line: file or flag, what was found, what was expected, what to do."""
+
+    def __init__(self, message):    # file names and other programs' messages may hold anything
+        super().__init__("".join(c if c.isprintable() else "?" for c in " ".join(message.split()))[:1000])
 
 
 # ---- cases ------------------------------------------------------------------------------------------------------------
@@ -74,6 +78,8 @@ def find_cases(root):
             continue
         seen.add(os.path.realpath(folder))
         for case in _cases_of_folder(Path(folder), sorted(file for file in files if not file.startswith("."))):
+            if not case.name.isprintable():
+                raise InputError(f"{folder}: a case is named {case.name!r}, expected printable characters")
             if case.name in cases:
                 raise InputError(f"{folder}: case {case.name} is also in {cases[case.name].images[0].parent}, expected each case once")
             cases[case.name] = case
@@ -139,17 +145,37 @@ def _to_lps(affine):
     return nib.orientations.ornt_transform(nib.io_orientation(affine), nib.orientations.axcodes2ornt("LPS"))
 
 
+MOST_VOXELS = 2**26    # of a volume; BraTS's have 2**23, and four of this size in float32 are 1 GiB
+
+
+def check_header(path):
+    """Refuses a NIfTI that promises more voxels than its file can hold, or than MOST_VOXELS, before any memory is taken. Raises ValueError."""
+    with nib.openers.ImageOpener(path) as file:
+        start = file.read(540)
+    header = next((kind(start[: kind.template_dtype.itemsize], check=False) for kind in (nib.Nifti1Header, nib.Nifti2Header)
+                   if kind.may_contain_header(start)), None)
+    if header is None:
+        raise ValueError("no NIfTI header")
+    shape, offset = [int(side) for side in header.get_data_shape()], float(header["vox_offset"])
+    promised = math.prod(shape) * header.get_data_dtype().itemsize
+    held = os.path.getsize(path) * (1032 if str(path).endswith(".gz") else 1)    # what deflate packs into a byte at most
+    if not shape or min(shape) < 1 or math.prod(shape) > MOST_VOXELS or not 0 <= offset <= MOST_VOXELS or promised + offset > held:
+        raise ValueError(f"its header promises {'x'.join(map(str, shape))} voxels from byte {offset:g} on, more than such a file holds")
+
+
 def read_volume(path):
     """A 3-D NIfTI -> array (D, H, W) in LPS, its dtype the file's, and its LPS affine. Raises InputError."""
     if not os.path.exists(path):
         raise InputError(f"{path}: no such file, expected the case's four modalities beside each other")
     try:
-        image = nib.load(path)
-        shape = image.shape
-        volume = image.as_reoriented(_to_lps(image.affine)) if len(shape) == 3 else None
-        array = np.asarray(volume.dataobj) if volume else None
+        check_header(path)
+        with np.errstate(all="ignore"):    # a damaged affine or scale
+            image = nib.load(path)
+            shape = image.shape
+            volume = image.as_reoriented(_to_lps(image.affine)) if len(shape) == 3 else None
+            array = np.asarray(volume.dataobj) if volume else None
     except Exception as error:    # nibabel, gzip and zlib each raise their own kinds for a damaged file
-        raise InputError(f"{path}: cannot be read ({' '.join(str(error).split()) or type(error).__name__}), "
+        raise InputError(f"{path}: cannot be read ({str(error) or type(error).__name__}), "
                          "expected a NIfTI volume; the file is damaged or incomplete, fetch it again") from None
     if volume is None:
         raise InputError(f"{path}: shape {shape}, expected three axes: one volume a file")
@@ -183,7 +209,8 @@ def load_case(case):
         if image is None:
             image, affine = torch.empty(4, *volume.shape), volume_affine
         _check_same_grid(path, volume.shape, volume_affine, case.images[0], image.shape[1:], affine)
-        image[channel] = torch.from_numpy(volume.astype(np.float32))
+        with np.errstate(over="ignore"):    # too large for float32 becomes infinite, refused below
+            image[channel] = torch.from_numpy(volume.astype(np.float32))
         if volume.dtype.kind == "f" and not image[channel].isfinite().all():
             raise InputError(f"{path}: has NaN or infinite voxels, expected numbers")
         if not image[channel].any():

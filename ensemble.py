@@ -11,6 +11,7 @@ and writes label maps <case>.nii.gz:
 
 import argparse
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -81,7 +82,10 @@ logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)    # it logs what
 
 
 class InputError(ValueError):
-    """What the user can mend. The message is one line: file or flag, what was found, what was expected."""
+    """What the user can mend. The message is one printable line: file or flag, what was found, what was expected."""
+
+    def __init__(self, message):    # file names and other programs' messages may hold anything
+        super().__init__("".join(c if c.isprintable() else "?" for c in " ".join(message.split()))[:1000])
 
 
 def list_cases(folders):
@@ -97,15 +101,31 @@ def list_cases(folders):
     return sorted(names[0])
 
 
+def check_header(path):
+    """Refuses maps that promise more than their file can hold, or than 512 x 512 x 256 voxels, before any memory is taken. Raises ValueError."""
+    with nib.openers.ImageOpener(path) as file:
+        start = file.read(540)
+    header = next((kind(start[: kind.template_dtype.itemsize], check=False) for kind in (nib.Nifti1Header, nib.Nifti2Header)
+                   if kind.may_contain_header(start)), None)
+    if header is None:
+        raise ValueError("no NIfTI header")
+    shape, offset = [int(side) for side in header.get_data_shape()], float(header["vox_offset"])
+    held = os.path.getsize(path) * (1032 if str(path).endswith(".gz") else 1)    # what deflate packs into a byte at most
+    promised = math.prod(shape) * header.get_data_dtype().itemsize
+    if not shape or min(shape) < 1 or math.prod(shape) > 3 * 2**26 or not 0 <= offset <= 2**26 or promised + offset > held:
+        raise ValueError(f"its header promises {'x'.join(map(str, shape))} voxels from byte {offset:g} on, more than such a file holds")
+
+
 def load_maps(paths):
     """Paths of one case's maps -> (N, 3, X, Y, Z) float32 and the first map's image, for affine and header."""
     images, maps = [], None
     for n, path in enumerate(paths):
         try:
+            check_header(path)
             image = nib.load(path)
             volume = torch.from_numpy(np.asarray(image.dataobj, dtype=np.float32))
         except Exception as error:    # nibabel, gzip and zlib each raise their own kinds for a damaged file
-            raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())}), expected a NIfTI file; make it again") from None
+            raise InputError(f"{path}: cannot be read ({str(error) or type(error).__name__}), expected a NIfTI file; make it again") from None
         images.append(image)
         if volume.ndim != 4 or volume.shape[3] != 3:
             raise InputError(f"{path}: shape {image.shape}, expected (X, Y, Z, 3): the probabilities of ET, TC and WT")

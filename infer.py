@@ -15,9 +15,11 @@ import csv
 import itertools
 import math
 import os
+import pickle
 import signal
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -171,20 +173,44 @@ def print_table(rows):
 # ---- the command ------------------------------------------------------------------------------------------------------
 
 
-def load_checkpoint(path):
-    """A checkpoint that `train.py` wrote: dict of tensors, numbers and strings. Nothing in it is executed. Raises InputError."""
+def read_checkpoint(path):
+    """The dict of tensors, numbers and strings that train.py saved. Nothing in it is executed; it takes no more memory than the file's size.
+
+    Raises whatever torch's unpickler and zip reader meet in a file that is none.
+    """
+    size = os.path.getsize(path)
+    with zipfile.ZipFile(path) as file:    # train.py packs nothing
+        if sum(entry.file_size for entry in file.infolist()) > size:
+            raise ValueError("it would unpack to more than its size")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        settings = checkpoint["settings"]
-        model = SegResNet(filters=settings["filters"], norm=settings["norm"])
-        model.load_state_dict(checkpoint["model"])
-        checkpoint["model"] = model.eval()
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:    # its own message tells how to run the code
+        raise ValueError("it is damaged, or holds more than tensors, numbers and strings") from None
+
+
+def load_checkpoint(path):
+    """A checkpoint of train.py's with its network, {"model": SegResNet, "settings", "train_cases", "val_cases", ...}. Raises InputError."""
+    try:
+        checkpoint = read_checkpoint(path)
+        settings, weights = checkpoint["settings"], checkpoint["model"]
+        if sum(tensor.numel() * tensor.element_size() for tensor in weights.values()) > os.path.getsize(path):
+            raise ValueError("its weights are larger than the file")
+        crop, cases = settings["crop"], checkpoint["train_cases"] + checkpoint["val_cases"]
+        if type(settings["filters"]) is not int or settings["filters"] < 1:
+            raise ValueError(f"its filters are {settings['filters']}")
+        if len(crop) != 3 or any(type(side) is not int or side % 8 or not 16 <= side <= 512 for side in crop):
+            raise ValueError(f"its crop is {crop}")
+        if any(type(case) is not str for case in cases):
+            raise ValueError("its cases are no names")
+        with torch.device("meta"):    # no memory is taken for what `filters` says
+            model = SegResNet(filters=settings["filters"], norm=settings["norm"])
+        model.load_state_dict(weights, assign=True)
+        checkpoint["model"] = model.float().eval()
         return checkpoint
     except FileNotFoundError:
         raise InputError(f"--checkpoints {path}: no such file, expected best.pt or last.pt of a run of train.py") from None
     except Exception as error:    # torch.load raises whatever its unpickler and zip reader meet
-        found = " ".join(str(error).split())[:200]
-        raise InputError(f"--checkpoints {path}: cannot be loaded ({type(error).__name__}: {found}), "
+        raise InputError(f"--checkpoints {path}: cannot be loaded ({type(error).__name__}: {str(error)[:200]}), "
                          "expected a checkpoint of train.py's for 4 channels and 3 regions") from None
 
 

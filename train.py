@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from barlow import Projector, barlow_twins_terms, soft_dice_loss
 from data import (REGIONS, InputError, augment, case_generator, describe, exit_with, find_cases, join_ranks, labels_to_regions, load_case, make_folder,
                   normalize, random_crop, random_flip, regions_to_labels, show_progress, split_folds, whole_file)
-from infer import choose_window, dice, predict, write_csv
+from infer import choose_window, dice, predict, read_checkpoint, write_csv
 from segresnet import NORMS, SegResNet
 
 
@@ -213,22 +213,27 @@ def save_checkpoint(path, checkpoint):
         beside.write_bytes(buffer.getbuffer())
 
 
-def load_last(path, expected):
-    """last.pt to go on from. Raises InputError where it is of another run: its settings and case lists must be those of this one."""
+def load_last(path, expected, views, optimizer, scaler):
+    """last.pt to go on from, its state put into network, optimizer and scaler.
+
+    Raises InputError where it is of another run: its settings and case lists must be those of this one.
+    """
     try:
-        last = torch.load(path, map_location="cpu", weights_only=True)
+        last = read_checkpoint(path)
         found = {**last["settings"], "train_cases": last["train_cases"], "val_cases": last["val_cases"]}
-        if "optimizer" not in last:
-            raise ValueError("no optimizer's state, as in best.pt")
-    except Exception as error:    # torch.load raises whatever its unpickler and zip reader meet
+        for name, value in expected.items():
+            if found.get(name) != value:
+                if name.endswith("_cases"):
+                    raise InputError(f"{path}: was trained on other cases ({name} differ), expected the same --data; use another --out")
+                raise InputError(f"{path}: was trained with {name} {found.get(name)}, expected {value} as in this call; use another --out")
+        for part, name in ((views, "views"), (optimizer, "optimizer"), (scaler, "scaler")):
+            part.load_state_dict(last[name])
+        return [last[name] for name in ("epoch", "step", "best", "log", "seconds", "sums")]
+    except InputError:
+        raise
+    except Exception as error:    # whatever the unpickler and the zip reader meet
         raise InputError(f"{path}: not a checkpoint of train.py's to go on from ({type(error).__name__}), "
                          "expected the last.pt of a run; move it away") from None
-    for name, value in expected.items():
-        if found.get(name) != value:
-            if name.endswith("_cases"):
-                raise InputError(f"{path}: was trained on other cases ({name} differ), expected the same --data; use another --out")
-            raise InputError(f"{path}: was trained with {name} {found.get(name)}, expected {value} as in this call; use another --out")
-    return last
 
 
 def train(args, rank, world, device):
@@ -267,12 +272,8 @@ def train(args, rank, world, device):
     first, done, best, log = 0, 0, -1.0, []    # epochs done, and steps of the next one
     sums, seconds = torch.zeros(5, dtype=torch.float64, device=device), 0.0    # over those steps: the loss and its terms
     if (args.out / "last.pt").exists():
-        last = load_last(args.out / "last.pt", {**settings, **about})
-        views.load_state_dict(last["views"])
-        optimizer.load_state_dict(last["optimizer"])
-        scaler.load_state_dict(last["scaler"])
-        first, done, best, log, seconds = (last[name] for name in ("epoch", "step", "best", "log", "seconds"))
-        sums += torch.tensor(last["sums"]) if rank == 0 else 0    # they are those of all ranks
+        first, done, best, log, seconds, so_far = load_last(args.out / "last.pt", {**settings, **about}, views, optimizer, scaler)
+        sums += torch.tensor(so_far) if rank == 0 else 0    # they are those of all ranks
     # views.network, not model.module: checkpoints carry no "module." prefix
     model = DistributedDataParallel(views, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else views
 

@@ -207,7 +207,7 @@ def test_training_needs_a_patient_a_fold(run, cohort, tmp_path):
 def test_training_does_not_go_on_from_a_text_file(tmp_path):
     (tmp_path / "last.pt").write_text("not a checkpoint\n")
     with pytest.raises(InputError, match=r"last\.pt: not a checkpoint of train\.py's .*expected"):
-        load_last(tmp_path / "last.pt", {})
+        load_last(tmp_path / "last.pt", {}, None, None, None)
 
 
 def test_training_does_not_go_on_from_best_pt(run, cohort, checkpoint, tmp_path):
