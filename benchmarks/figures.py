@@ -156,7 +156,8 @@ def draw_other_side(study, size, cases, spills, path):
     runs = [worst._replace(arm=arm) for arm in ("without", "with")]
     image, truth, _ = load_case(case)
     rows = [truth.numpy().astype(bool)] + [predictor(study, run, size)(image).numpy() for run in runs]
-    titles = ["Truth, over FLAIR"] + [f"{run.arm.capitalize()} the term: {int(spills[run, case.name].sum())} voxels on the other side" for run in runs]
+    titles = [f"{case.name} over FLAIR: truth; below, networks of {worst.cases} training cases, seed {worst.seed}"]
+    titles += [f"{run.arm.capitalize()} the term: {int(spills[run, case.name].sum())} voxels of WT on the other side" for run in runs]
     height, gap = 2.0, 0.3    # of a row, and between rows; inches
     flair = image[3].numpy()
     extents = figure.window(flair)[1]

@@ -136,10 +136,11 @@ def by_region(scores, columns, digits):
 
 
 def secondary_rows(scores):
-    """-> the setting of the secondary arms, {arm: its rows}, of the seeds that the secondary arms have"""
+    """-> the setting of the secondary arms, {arm: its rows}, of the seeds that they have; of all seeds as long as there are none"""
     cohort, cases = settings(scores)[-1]
     here = of(scores, cohort=cohort, cases=cases)
-    seeds = tuple({row["seed"] for row in here if row["arm"] not in ("without", "with")})
+    others = [row for row in here if row["arm"] not in ("without", "with")]
+    seeds = tuple({row["seed"] for row in others or here})
     return (cohort, cases), {arm: of(here, arm=arm, seed=seeds) for arm in dict.fromkeys(row["arm"] for row in here)}
 
 
