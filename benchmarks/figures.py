@@ -67,7 +67,8 @@ def plot_differences(scores, path):
               paired(*(of(arms[one], condition=conditions) for one in ("with", arm)), DICE))
              for arm in arms if arm != "with" for name, conditions in (("as trained", CONDITIONS[:1]), ("perturbed", PERTURBED))]
     fig, axes = plt.subplots(1, 2, figsize=(9.6, 0.6 + 0.21 * max(len(left), len(right))), layout="constrained")
-    for ax, lines, title in ((axes[0], left, "With the term minus without"), (axes[1], right, f"Minus the default term: {cohort}, {cases} cases")):
+    titles = "With the term minus without", f"Minus the default term: {cohort}, {cases} cases"
+    for ax, lines, title in zip(axes, (left, right), titles):
         for y, (_, style, pair) in enumerate(lines):
             error_bar(ax, -y, pair[1] - pair[0], across=True, **ARMS[style])
         ax.set_yticks(-np.arange(len(lines)), [name for name, *_ in lines])
@@ -113,10 +114,11 @@ def predictor(study, run, size):
 
 
 def healthy_half(case, image):
-    """(D, 1, 1) bool: the voxels on the other side of the brain's middle than the tumour; None where it is not bright there in FLAIR."""
+    """(D, 1, 1) bool: the half of the brain that the tumour is not in; None where that half has nothing bright in FLAIR."""
     side, _, bright = phantom.traits(np.random.default_rng((0, int(case.name[-5:]))))
     low, high = brain_box(image)[0]
-    return ((torch.arange(image.shape[1]) - (low + high - 1) / 2) * side < 0)[:, None, None] if bright else None    # +1: left, where x grows
+    from_middle = torch.arange(image.shape[1]) - (low + high - 1) / 2    # grows to the left, which is side +1
+    return (from_middle * side < 0)[:, None, None] if bright else None
 
 
 def draw_case(study, run, size, cases, path):

@@ -40,7 +40,8 @@ def read(folder, name):
 
 def of(rows, **wanted):
     """The rows with these values; a tuple names several."""
-    return [row for row in rows if all(row[key] in value if isinstance(value, tuple) else row[key] == value for key, value in wanted.items())]
+    wanted = {key: value if isinstance(value, tuple) else (value,) for key, value in wanted.items()}
+    return [row for row in rows if all(row[key] in values for key, values in wanted.items())]
 
 
 def cells(rows, columns):
@@ -50,6 +51,10 @@ def cells(rows, columns):
         key = row["seed"], row["case"], *(row.get(name) for name in ("cohort", "cases", "condition", "region"))
         values.setdefault(key, []).append(np.mean([float(row[column]) for column in columns]))
     return {key: np.mean(value) for key, value in values.items()}
+
+
+def average(rows, columns):
+    return np.mean(list(cells(rows, columns).values()))
 
 
 def grid(values):
@@ -151,14 +156,13 @@ def secondary(scores):
         line = [arm]
         for conditions in (CONDITIONS[:1], PERTURBED):
             mine = of(rows, condition=conditions)
-            line.append(f"{np.mean(list(cells(mine, DICE).values())):.4f}")
+            line.append(f"{average(mine, DICE):.4f}")
             for reference in ("without", "with"):
                 _, other = pair = paired(of(arms[reference], condition=conditions), mine, DICE)
                 line.append("" if arm == reference else signed(other - pair[0], 3))
         lines.append([*line, extent(pair)])
-    head = [f"{cohort}, {cases} cases", "as trained", "to without [95 %]", "to with [95 %]", "perturbed", "to without [95 %]", "to with [95 %]",
-            "seeds x cases"]
-    return table(head, lines)
+    differences = ["to without [95 %]", "to with [95 %]"]
+    return table([f"{cohort}, {cases} cases", "as trained", *differences, "perturbed", *differences, "seeds x cases"], lines)
 
 
 def features(scores):
@@ -172,7 +176,7 @@ def features(scores):
             for name in names:
                 pair = paired(of(here, arm="without"), mine, [name])
                 line.append(f"{np.nanmean(pair[1]):.3f}" + ("" if arm == "without" else f", {signed(pair[1] - pair[0], 3)}"))
-            line += [f"{np.mean(list(cells(mine, [name]).values())):.3f}" if mine[0][name] else "" for name in ("z_diagonal", "z_off_diagonal")]
+            line += [f"{average(mine, [name]):.3f}" if mine[0][name] else "" for name in ("z_diagonal", "z_off_diagonal")]
             lines.append([*line, extent(pair)])
     head = ["cohort", "training cases", "arm", *(f"{name}, to without [95 %]" for name in names.values()), "of z: diagonal", "of z: off it",
             "seeds x cases"]
@@ -202,7 +206,7 @@ def ensemble(ensembles):
             mine = of(here, way=WAYS.get(name, name))
             if mine:    # forty maps come from no single network
                 pair = paired(of(here, way="mean"), mine, ["dice"])
-                regions = [f"{np.mean(list(cells(of(mine, region=region), ['dice']).values())):.4f}" for region in REGIONS]
+                regions = [f"{average(of(mine, region=region), ['dice']):.4f}" for region in REGIONS]
                 to_mean = "" if name == "mean" else signed(pair[1] - pair[0])
                 lines.append([maps, name, *regions, f"{np.nanmean(pair[1]):.4f}", to_mean, extent(pair)])
     return table(["maps", "merged by", *REGIONS, "mean", "to the plain mean [95 %]", "seeds x cases"], lines)
@@ -222,7 +226,8 @@ def rank_maps(maps):
     for key, values in groups.items():
         confidence, dice, voxels = np.array(values).T
         if len(dice) > 2 and np.ptp(dice) > 0 and np.ptp(confidence) > 0:
-            ranked[key] = (stats.spearmanr(confidence, dice).statistic, float(dice[confidence.argmax()] == dice.max()), voxels.std() / voxels.mean())
+            best = float(dice[confidence.argmax()] == dice.max())
+            ranked[key] = (stats.spearmanr(confidence, dice).statistic, best, voxels.std() / voxels.mean())
     return ranked
 
 
@@ -306,9 +311,9 @@ def claims_of_the_ensemble(ensembles, maps):
     for region in REGIONS:
         ranked = rank_maps(of(maps, region=region, flip="0"))
         agree, _, differ = thirds(ranked)
-        sentences.append(f"On this cohort confidence ranks the five maps of a case by their true Dice of {region} with a mean Spearman correlation of "
-                         f"{mean_rho(ranked, ranked, 2)}; {mean_rho(ranked, agree, 2)} where their sizes agree most, {mean_rho(ranked, differ, 2)} "
-                         "where they agree least.")
+        sentences.append(f"On this cohort confidence ranks the five maps of a case by their true Dice of {region} with a mean Spearman "
+                         f"correlation of {mean_rho(ranked, ranked, 2)}; {mean_rho(ranked, agree, 2)} where their sizes agree most, "
+                         f"{mean_rho(ranked, differ, 2)} where they agree least.")
     return "\n".join(f"- {sentence}" for sentence in sentences)
 
 
@@ -338,12 +343,13 @@ def print_all(folder):
 
 def fill(text, tables):
     """RESULTS.md's text with what stands between <!-- table: name --> and <!-- end --> made anew."""
-    return re.sub(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", lambda match: f"{match[1]}{tables[match[2]]}\n{match[3]}", text, flags=re.DOTALL)
+    blocks = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+    return blocks.sub(lambda match: f"{match[1]}{tables[match[2]]}\n{match[3]}", text)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, nargs="?", default=HERE / "results", help="of scores.csv, ensembles.csv and maps.csv, or .csv.gz")
+    parser.add_argument("folder", type=Path, nargs="?", default=HERE / "results", help="of the CSVs, as they are or as .csv.gz")
     parser.add_argument("--write", action="store_true", help="into RESULTS.md beside this file, instead of printing")
     args = parser.parse_args()
     if not read(args.folder, "scores"):
