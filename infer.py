@@ -19,6 +19,7 @@ import pickle
 import signal
 import sys
 import time
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -183,7 +184,9 @@ def read_checkpoint(path):
         if sum(entry.file_size for entry in file.infolist()) > size:
             raise ValueError("it would unpack to more than its size")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():    # of a damaged file, before it is refused
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:    # its own message tells how to run the code
         raise ValueError("it is damaged, or holds more than tensors, numbers and strings") from None
 
