@@ -145,7 +145,7 @@ def _to_lps(affine):
     return nib.orientations.ornt_transform(nib.io_orientation(affine), nib.orientations.axcodes2ornt("LPS"))
 
 
-MOST_VOXELS = 2**26    # of a volume; BraTS's have 2**23, and four of this size in float32 are 1 GiB
+MOST_VOXELS = 2**25    # of a volume; BraTS's have 2**23, and four of this size in float32 are half a GiB
 
 
 def check_header(path):
@@ -187,10 +187,12 @@ def read_volume(path):
 def read_labels(path, et_label):
     """A BraTS segmentation (uint8, int16 or float) -> uint8 tensor (D, H, W) in LPS, and its affine. Raises InputError."""
     array, affine = read_volume(path)
-    allowed = (0, 1, 2, 4) if et_label == 4 else (0, 1, 2, 3, 4)
+    allowed = [0, 1, 2, 4] if et_label == 4 else [0, 1, 2, 3, 4]
     with np.errstate(invalid="ignore"):
         labels = array.astype(np.uint8)
-    wrong = (labels != array) | ~np.isin(labels, allowed)
+    known = np.zeros(256, bool)
+    known[allowed] = True
+    wrong = (labels != array) | ~known[labels]
     if wrong.any():
         found = ", ".join(f"{value:g}" for value in np.unique(array[wrong])[:3])
         raise InputError(f"{path}: has label {found}, expected {', '.join(map(str, allowed))}: the file names' generation has no other")

@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 import phantom  # noqa: E402
+import tables  # noqa: E402
 from barlow import Projector, barlow_twins_loss, cross_correlation, soft_dice_loss  # noqa: E402
 from data import (REGIONS, augment, case_generator, find_cases, labels_to_regions, load_case, normalize, random_crop,  # noqa: E402
                   regions_to_labels, show_progress, split_folds)
@@ -367,8 +368,7 @@ def gather(paths, target):
     for path in paths:
         with open(path, newline="") as file:
             rows += csv.DictReader(file)
-    if rows:
-        write_csv(target, rows)
+    write_csv(target, rows)
 
 
 def main():
@@ -401,6 +401,8 @@ def main():
     gather([args.out / "runs" / f"{run.name}.csv" for run in runs], args.out / "scores.csv")
     for name in ("maps", "ensembles"):
         gather([args.out / "runs" / f"{name}-{seed}.csv" for seed in range(size.fold_seeds)], args.out / f"{name}.csv")
+    for name, content in tables.all_tables(args.out).items():
+        print(f"\n{name}\n\n{content}")
 
 
 if __name__ == "__main__":

@@ -209,7 +209,7 @@ def features(scores):
 
 
 def other_side(rows):
-    """False whole tumour on the healthy side, in cases that are bright there."""
+    """False whole tumour on the healthy side: the failure of the paper's Figure 2."""
     lines = []
     for cases in dict.fromkeys(row["cases"] for row in rows):
         without, with_term = (matrix(of(rows, cases=cases, arm=arm), ["voxels"]) for arm in ("without", "with"))
@@ -221,7 +221,7 @@ def other_side(rows):
 def claims(scores, ensembles):
     """The two sentences that the paper has no figure for."""
     sentences = []
-    for name, conditions in (("held-out cases as trained", ("as trained",)), ("perturbed held-out cases", PERTURBED)):
+    for name, conditions in (("held-out cases like those trained on", ("as trained",)), ("perturbed held-out cases", PERTURBED)):
         d = pooled(scores, conditions)
         mean, low, high = interval(d)
         verdict = "helps" if low > 0 else "harms" if high < 0 else "makes no difference that can be told from none"

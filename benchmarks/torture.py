@@ -117,7 +117,7 @@ def mutate_volume(rng, content):
     packed = gzip.compress(content, 1)
     if way >= 0.95:    # much from little: zeros behind a header that asks for all of them
         header = nib.Nifti1Header(content[:348], check=False)
-        header.set_data_shape((rng.choice((400, 1000, 30000)),) * 3)
+        header.set_data_shape((rng.choice((320, 1000, 30000)),) * 3)
         packed = gzip.compress(header.structarr.tobytes() + bytes(4), 1) + gzip.compress(bytes(2**25), 9) * 8
     elif way >= 0.7:
         packed = mutate_bytes(rng, packed)
