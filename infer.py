@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from scipy import ndimage
 
-from data import (REGIONS, InputError, describe, exit_with, find_cases, join_ranks, labels_to_regions, load_case, make_folder, normalize, pad_to,
+from data import (REGIONS, InputError, brain_box, describe, exit_with, find_cases, join_ranks, labels_to_regions, load_case, make_folder, normalize, pad_to,
                   read_labels, regions_to_labels, save_volume, show_progress, whole_file)
 from ensemble import METHODS
 from segresnet import SegResNet
@@ -78,16 +78,6 @@ def choose_window(image, crop):
     """
     extents = [math.ceil((hi - lo) / 8) * 8 for lo, hi in brain_box(image)]
     return tuple(max(side, min(extent, most)) for side, extent, most in zip(crop, extents, (192, 192, 144)))
-
-
-def brain_box(image):
-    """[(first, last + 1)] along D, H and W of the voxels of (C, D, H, W) that are not zero in all channels; the volume's if all are."""
-    brain = image.any(0)
-    box = []
-    for axis in range(3):
-        inside = brain.any(tuple({0, 1, 2} - {axis})).nonzero()
-        box.append((int(inside[0]), int(inside[-1]) + 1) if len(inside) else (0, brain.shape[axis]))
-    return box
 
 
 def axis_windows(lo, hi, n, side):

@@ -88,6 +88,6 @@ def test_perturbations_keep_the_background_and_do_what_they_say():
     contrast = ablation.perturb(image, "contrast", torch.Generator().manual_seed(1))
     for before, after in zip(image, contrast):    # monotone: the order of the voxels stays
         inside = before != 0
-        assert torch.equal(before[inside].argsort(), after[inside].argsort())
+        assert (after[inside][before[inside].argsort()].diff() >= 0).all() and not torch.allclose(before, after, rtol=0.05)
     field = torch.log(ablation.perturb(image, "bias field", torch.Generator().manual_seed(1))[brain] / image[brain])
     assert 0.2 < field.std().item() < 0.5
