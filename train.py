@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from barlow import Projector, barlow_twins_terms, soft_dice_loss
 from data import (REGIONS, InputError, augment, case_generator, check_cache, cut, describe, exit_with, find_cases, join_ranks, labels_to_regions,
                   load_case, make_folder, normalize, prepare, random_axes, random_corner, regions_to_labels, show_progress, split_folds, whole_file)
-from infer import choose_window, dice, predict, read_checkpoint, write_csv
+from infer import choose_precision, choose_window, dice, predict, read_checkpoint, write_csv
 from segresnet import NORMS, SegResNet
 
 
@@ -77,16 +77,6 @@ def check_arguments(args):
         raise InputError(f"--pool {args.pool}: leaves fewer than two cells of a crop of {args.crop}, expected a smaller one")
     if args.norm == "group" and args.filters % 8:
         raise InputError(f"--filters {args.filters}: expected a multiple of 8, the number of groups")
-
-
-def choose_precision(amp, device):
-    """--amp -> the autocast dtype, or None for float32. "auto": 16 bits where the device computes in them natively."""
-    if amp != "auto":
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    instructions = torch.cpu.get_capabilities()
-    return torch.bfloat16 if instructions.get("avx512_bf16") or instructions.get("amx_bf16") else None
 
 
 class Crops(Dataset):
@@ -293,7 +283,7 @@ def train(args, rank, world, device):
               + (f", {done} steps of epoch {first + 1} done before" if done else ""), flush=True)
         if told:
             print(told, flush=True)
-        for leftover in args.out.glob(".*.pt"):    # of a run killed while it wrote
+        for leftover in args.out.glob(".[0-9]*"):    # of a run killed while it wrote
             leftover.unlink()
 
     def save(epoch, step, better=False):

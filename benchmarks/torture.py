@@ -318,9 +318,10 @@ def kill(kills, seed, processes=(1, 2)):
                         saved_by_signal += number == signal.SIGTERM
                 ends += 1
                 found = [torch.load(out / name, weights_only=True) for name in ("last.pt", "best.pt")]
-                if not same(found, expected) or sorted(path.name for path in out.iterdir()) != ["best.pt", "last.pt", "log.csv"]:
+                files = sorted(path.name for path in out.iterdir())
+                if not same(found, expected) or files != ["best.pt", "last.pt", "log.csv"]:
                     unequal += 1
-                    print(f"{out.name}: does not end like the run left alone\n{out.with_suffix('.txt').read_text()}")
+                    print(f"{out.name}: does not end like the run left alone, with {files}\n{out.with_suffix('.txt').read_text()}")
             print(f"kill: {world} process{'es' * (world > 1)}, a run of {seconds:.1f} s: {done} kills ({saved_by_signal} by SIGTERM), {ends} runs ended, "
                   f"{unequal} unlike the run left alone", flush=True)
     return unequal
