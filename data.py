@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -145,7 +146,7 @@ def _to_lps(affine):
     return nib.orientations.ornt_transform(nib.io_orientation(affine), nib.orientations.axcodes2ornt("LPS"))
 
 
-MOST_VOXELS = 2**26    # of a volume; BraTS's have 2**23, and four of this size in float32 are 1 GiB
+MOST_VOXELS = 2**25    # of a volume; BraTS's have 2**23, and four of this size in float32 are half a GiB
 
 
 def check_header(path):
@@ -187,10 +188,12 @@ def read_volume(path):
 def read_labels(path, et_label):
     """A BraTS segmentation (uint8, int16 or float) -> uint8 tensor (D, H, W) in LPS, and its affine. Raises InputError."""
     array, affine = read_volume(path)
-    allowed = (0, 1, 2, 4) if et_label == 4 else (0, 1, 2, 3, 4)
+    allowed = [0, 1, 2, 4] if et_label == 4 else [0, 1, 2, 3, 4]
     with np.errstate(invalid="ignore"):
         labels = array.astype(np.uint8)
-    wrong = (labels != array) | ~np.isin(labels, allowed)
+    known = np.zeros(256, bool)
+    known[allowed] = True
+    wrong = (labels != array) | ~known[labels]
     if wrong.any():
         found = ", ".join(f"{value:g}" for value in np.unique(array[wrong])[:3])
         raise InputError(f"{path}: has label {found}, expected {', '.join(map(str, allowed))}: the file names' generation has no other")
@@ -203,6 +206,12 @@ def load_case(case):
     Raises InputError for a missing or damaged file, volumes of different shapes or affines, NaN or infinite voxels, a modality
     of all zeros, and labels outside the generation's set.
     """
+    image, labels, affine = load_volumes(case)
+    return image, None if labels is None else labels_to_regions(labels, case.et_label), affine
+
+
+def load_volumes(case):
+    """As `load_case`, with the labels (D, H, W) uint8 as they are stored."""
     image, affine = None, None
     for channel, path in enumerate(case.images):
         volume, volume_affine = read_volume(path)
@@ -219,7 +228,7 @@ def load_case(case):
         return image, None, affine
     labels, label_affine = read_labels(case.label, case.et_label)
     _check_same_grid(case.label, labels.shape, label_affine, case.images[0], image.shape[1:], affine)
-    return image, labels_to_regions(labels, case.et_label), affine
+    return image, labels, affine
 
 
 def _check_same_grid(path, shape, affine, other_path, other_shape, other_affine):
@@ -308,6 +317,16 @@ def case_generator(seed, epoch, name):
     return torch.Generator().manual_seed(int(state))
 
 
+def brain_box(image):
+    """[(first, last + 1)] along D, H and W of the voxels of (C, D, H, W) that are not zero in all channels; the volume's if all are."""
+    brain = image.any(0)
+    box = []
+    for axis in range(3):
+        inside = brain.any(tuple({0, 1, 2} - {axis})).nonzero()
+        box.append((int(inside[0]), int(inside[-1]) + 1) if len(inside) else (0, brain.shape[axis]))
+    return box
+
+
 def pad_to(volume, size):
     """Zeros around (C, D, H, W), half on either side, until no side is smaller than `size`."""
     missing = [max(s - n, 0) for s, n in zip(size, volume.shape[1:])]
@@ -315,23 +334,42 @@ def pad_to(volume, size):
 
 
 def random_crop(image, target, size, generator):
-    """The same random box of `size` out of image (4, D, H, W) and target (3, D, H, W), zero-padded where the volume is smaller."""
-    image, target = pad_to(image, size), pad_to(target, size)
-    d, h, w = (int(torch.randint(n - s + 1, (), generator=generator)) for n, s in zip(image.shape[1:], size))
-    box = (slice(None), slice(d, d + size[0]), slice(h, h + size[1]), slice(w, w + size[2]))
-    return image[box], target[box]
+    """The same random box of `size` out of image (4, D, H, W) and target (C, D, H, W), zero-padded where the volume is smaller."""
+    corner = random_corner(image.shape[1:], size, generator)
+    return cut(image, corner, size), cut(target, corner, size)
+
+
+def random_corner(shape, size, generator):
+    """Where a random box of `size` starts in a volume of `shape`; negative where the volume is smaller, and lies amid zeros then."""
+    return [int(torch.randint(max(n - s, 0) + 1, (), generator=generator)) - max(s - n, 0) // 2 for n, s in zip(shape, size)]
+
+
+def cut(volume, corner, size, mirrored=()):
+    """The box of `size` that starts at `corner` out of (C, D, H, W) on the CPU, mirrored along the axes given; zeros outside the volume."""
+    lo = [max(c, 0) for c in corner]
+    hi = [max(min(c + s, n), l) for c, s, n, l in zip(corner, size, volume.shape[1:], lo)]
+    box = np.zeros((len(volume), *size), volume.numpy().dtype)    # NumPy: it takes memory zeroed, and mirrors as it copies
+    inside = tuple(slice(l - c, h - c) for c, l, h in zip(corner, lo, hi))
+    np.flip(box, mirrored)[(slice(None), *inside)] = volume.numpy()[(slice(None), *(slice(l, h) for l, h in zip(lo, hi)))]
+    return torch.from_numpy(box)
+
+
+def random_axes(generator):
+    """"A random axis mirror flip (for all 3 axes) with a probability 0.5": the axes of (C, D, H, W) to mirror."""
+    return tuple(axis for axis in (1, 2, 3) if torch.rand((), generator=generator) < 0.5)
 
 
 def random_flip(image, target, generator):
-    """"A random axis mirror flip (for all 3 axes) with a probability 0.5", before the crop is copied into two views."""
-    axes = [axis for axis in (1, 2, 3) if torch.rand((), generator=generator) < 0.5]
+    """Image and target mirrored along the same `random_axes`, before the crop is copied into two views."""
+    axes = random_axes(generator)
     return image.flip(axes), target.flip(axes)
 
 
 def augment(images, targets, generator):
     """Both views of a crop, each augmented by itself: affine, then intensity. Where the batch is, CPU or GPU.
 
-    images: (B, 4, D, H, W) float32, normalised, zero outside the brain. targets: (B, 3, D, H, W) bool. generator: on the same device.
+    images: (B, 4, D, H, W) float32, normalised, zero outside the brain. targets: (B, C, D, H, W), regions or labels (C = 1); the same
+    dtype back. generator: on the same device.
     Paper: "intensity modifications or spatial transforms". Here: the affine first. Why: it would smooth noise drawn before it.
     """
     images, targets = random_affine(images, targets, generator)
@@ -392,6 +430,69 @@ def gaussian_blur(volume, sd):
     for shape in ((9, 1, 1), (1, 9, 1), (1, 1, 9)):
         volume = F.conv3d(volume, kernel.view(1, 1, *shape), padding=tuple(n // 2 for n in shape))
     return volume[0, 0]
+
+
+# ---- the cache of prepared cases --------------------------------------------------------------------------------------
+
+
+class Prepared(NamedTuple):
+    """A case up to its crop. Uncached the whole volume in float32; cached the brain's box in float16, mapped from the disk."""
+
+    image: torch.Tensor     # (4, d, h, w), normalised
+    labels: torch.Tensor    # (1, d, h, w) uint8
+    corner: tuple           # of the box in the volume
+    shape: tuple            # of the volume
+
+
+def prepare(case, cache=None):
+    """Reads and normalises a case, or maps what an earlier call left in the folder `cache`. Raises InputError as `load_case` does.
+
+    An entry is one .npy file, written whole, without pickled objects. It holds its sources' sizes and times of change, and is made
+    anew where they differ or where it is not such an entry. A disk without room leaves the case uncached.
+    """
+    if cache is not None:
+        path = cache / f"{case.name}-{zlib.crc32(os.path.realpath(case.images[0]).encode()):08x}.npy"    # cohorts may share names
+        try:
+            stamp = [(file.st_size, file.st_mtime_ns) for file in map(os.stat, (*case.images, case.label))]
+            (entry,) = np.load(path, mmap_mode="c")    # copy on write: torch wants writable memory
+            if entry["stamp"].tolist() == np.array(stamp).tolist():
+                return _from_entry(entry)
+        except (OSError, ValueError, TypeError, IndexError, EOFError):    # none yet, or something else
+            pass
+    image, labels, _ = load_volumes(case)
+    box, shape = brain_box(image), image.shape[1:]
+    image = normalize(image)
+    if cache is None:
+        return Prepared(image, labels[None], (0, 0, 0), shape)
+    inside = tuple(slice(lo, hi) for lo, hi in box)
+    size = [hi - lo for lo, hi in box]
+    entry = np.zeros(1, [("stamp", "i8", (5, 2)), ("corner", "i4", 3), ("shape", "i4", 3), ("image", "f2", (4, *size)), ("labels", "u1", (1, *size))])
+    entry["stamp"], entry["corner"], entry["shape"] = stamp, [lo for lo, _ in box], shape
+    entry["image"], entry["labels"] = image[(slice(None), *inside)].numpy(), labels[inside].numpy()
+    try:
+        with whole_file(path) as beside, open(beside, "wb") as file:
+            np.save(file, entry)
+    except OSError:    # full by now: the case is read again each time
+        pass
+    return _from_entry(entry[0])
+
+
+def _from_entry(entry):
+    return Prepared(torch.from_numpy(entry["image"]), torch.from_numpy(entry["labels"]), tuple(entry["corner"].tolist()), tuple(entry["shape"].tolist()))
+
+
+def check_cache(folder, cases):
+    """Makes the folder, prepares the first case, and says in one line what the rest will take. -> whether there is room for it"""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        prepare(cases[0], folder)
+        entries = list(folder.glob("[!.]*.npy"))
+        needed = max(len(cases) - len(entries), 0) * sum(file.stat().st_size for file in entries) / len(entries)
+        free = shutil.disk_usage(folder).free
+    except (OSError, ZeroDivisionError):
+        return False, f"cache {folder}: cannot be written, so every sample is read from its files"
+    told = f"cache {folder}: {needed / 1e9:.1f} GB more are needed, {free / 1e9:.1f} GB are free"
+    return needed < free, told + ("" if needed < free else "; too little, so every sample is read from its files")
 
 
 # ---- what commands share ----------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def list_cases(folders):
 
 
 def check_header(path):
-    """Refuses maps that promise more than their file can hold, or than 512 x 512 x 256 voxels, before any memory is taken. Raises ValueError."""
+    """Refuses maps that promise more than their file can hold, or than 512 x 512 x 128 voxels, before any memory is taken. Raises ValueError."""
     with nib.openers.ImageOpener(path) as file:
         start = file.read(540)
     header = next((kind(start[: kind.template_dtype.itemsize], check=False) for kind in (nib.Nifti1Header, nib.Nifti2Header)
@@ -112,7 +112,7 @@ def check_header(path):
     shape, offset = [int(side) for side in header.get_data_shape()], float(header["vox_offset"])
     held = os.path.getsize(path) * (1032 if str(path).endswith(".gz") else 1)    # what deflate packs into a byte at most
     promised = math.prod(shape) * header.get_data_dtype().itemsize
-    if not shape or min(shape) < 1 or math.prod(shape) > 3 * 2**26 or not 0 <= offset <= 2**26 or promised + offset > held:
+    if not shape or min(shape) < 1 or math.prod(shape) > 3 * 2**25 or not 0 <= offset <= 2**25 or promised + offset > held:
         raise ValueError(f"its header promises {'x'.join(map(str, shape))} voxels from byte {offset:g} on, more than such a file holds")
 
 

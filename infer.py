@@ -19,7 +19,9 @@ import pickle
 import signal
 import sys
 import time
+import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,7 @@ import torch
 import torch.distributed as dist
 from scipy import ndimage
 
-from data import (REGIONS, InputError, describe, exit_with, find_cases, join_ranks, labels_to_regions, load_case, make_folder, normalize, pad_to,
+from data import (REGIONS, InputError, brain_box, describe, exit_with, find_cases, join_ranks, labels_to_regions, load_case, make_folder, normalize, pad_to,
                   read_labels, regions_to_labels, save_volume, show_progress, whole_file)
 from ensemble import METHODS
 from segresnet import SegResNet
@@ -77,16 +79,6 @@ def choose_window(image, crop):
     """
     extents = [math.ceil((hi - lo) / 8) * 8 for lo, hi in brain_box(image)]
     return tuple(max(side, min(extent, most)) for side, extent, most in zip(crop, extents, (192, 192, 144)))
-
-
-def brain_box(image):
-    """[(first, last + 1)] along D, H and W of the voxels of (C, D, H, W) that are not zero in all channels; the volume's if all are."""
-    brain = image.any(0)
-    box = []
-    for axis in range(3):
-        inside = brain.any(tuple({0, 1, 2} - {axis})).nonzero()
-        box.append((int(inside[0]), int(inside[-1]) + 1) if len(inside) else (0, brain.shape[axis]))
-    return box
 
 
 def axis_windows(lo, hi, n, side):
@@ -183,7 +175,9 @@ def read_checkpoint(path):
         if sum(entry.file_size for entry in file.infolist()) > size:
             raise ValueError("it would unpack to more than its size")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():    # of a damaged file, before it is refused
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:    # its own message tells how to run the code
         raise ValueError("it is damaged, or holds more than tensors, numbers and strings") from None
 
@@ -214,17 +208,55 @@ def load_checkpoint(path):
                          "expected a checkpoint of train.py's for 4 channels and 3 regions") from None
 
 
-def predict_case(case, checkpoints, args):
-    """Predicts, ensembles, paints and writes one case. The label file comes last: where it exists, the case is finished."""
-    image, _, _ = load_case(case._replace(label=None))
-    image = normalize(image)
-    maps = torch.stack([predict(checkpoint["model"], image, choose_window(image, checkpoint["settings"]["crop"]), args.flips)
-                        for checkpoint in checkpoints])
-    probabilities = METHODS[args.ensemble](maps)    # (N, 3, D, H, W) -> (3, D, H, W)
-    if args.probabilities:
-        save_volume(args.out / "probabilities" / f"{case.name}.nii.gz", probabilities.numpy(), case.images[0])
-    labels = regions_to_labels(probabilities > 0.5, case.et_label)
-    save_volume(args.out / f"{case.name}.nii.gz", labels.numpy(), case.images[0])
+def choose_precision(amp, device):
+    """--amp -> the autocast dtype, or None for float32. "auto": 16 bits where the device computes in them natively."""
+    if amp != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    instructions = torch.cpu.get_capabilities()
+    return torch.bfloat16 if instructions.get("avx512_bf16") or instructions.get("amx_bf16") else None
+
+
+def read_ahead(cases, reader):
+    """For each case its normalised image (4, D, H, W) float32, or its InputError. The next one is read while this one is in use."""
+
+    def read(case):
+        try:
+            return normalize(load_case(case._replace(label=None))[0])
+        except InputError as error:
+            return error
+
+    coming = None
+    for case, following in zip(cases, [*cases[1:], None]):
+        image = coming or reader.submit(read, case)
+        coming = following and reader.submit(read, following)
+        yield image.result()
+
+
+def predict_case(image, checkpoints, args):
+    """The ensemble's probabilities (3, D, H, W) float32 for a normalised image (4, D, H, W)."""
+    maps = []
+    for checkpoint in checkpoints:
+        device = next(checkpoint["model"].parameters()).device
+        precision = choose_precision(checkpoint["settings"].get("amp", "auto"), device)    # as it was trained
+        with torch.autocast(device.type, dtype=precision, enabled=precision is not None):
+            maps.append(predict(checkpoint["model"], image, choose_window(image, checkpoint["settings"]["crop"]), args.flips))
+    return METHODS[args.ensemble](torch.stack(maps))    # (N, 3, D, H, W) -> (3, D, H, W)
+
+
+def finish_case(case, probabilities, fold, folder, args):
+    """Paints and writes what was predicted, or nothing if that is None, and scores the label map in `folder`: a row, or None without truth.
+
+    The label file comes last: where it exists, the case is finished.
+    """
+    path = folder / f"{case.name}.nii.gz"
+    if probabilities is not None:
+        if args.probabilities:
+            save_volume(folder / "probabilities" / path.name, probabilities.numpy(), case.images[0])
+        save_volume(path, regions_to_labels(probabilities > 0.5, case.et_label).numpy(), case.images[0])
+    if case.label:
+        return {"case": case.name, "fold": fold, **dict(zip(COLUMNS, (f"{value:.6g}" for value in score_case(case, path))))}
 
 
 def score_case(case, path):
@@ -266,27 +298,44 @@ def run(args, rank, world):
         if seen:
             print(f"warning: {seen} cases were trained on by a checkpoint that predicts them; --held-out would leave it out", flush=True)
 
-    rows, failures, kept, start = [], [], 0, time.monotonic()
-    share = cases[rank::world]
-    for i, case in enumerate(share, 1):
-        path = folder / f"{case.name}.nii.gz"
+    share, start = cases[rank::world], time.monotonic()
+    rows, failures, done = [], [], 0
+
+    def collect(finishing):
         try:
-            if checkpoints:
-                maps = args.out / "probabilities" / path.name
-                finished = path.exists() and (maps.exists() or not args.probabilities) and not args.overwrite
-                kept += finished
-                if not finished:
-                    predict_case(case, chosen[case.name], args)
-            if case.label:
-                fold = "/".join(sorted({str(c["settings"]["fold"]) for c in chosen[case.name]})) if checkpoints and args.held_out else ""
-                scores = [f"{value:.6g}" for value in score_case(case, path)]
-                rows.append({"case": case.name, "fold": fold, **dict(zip(COLUMNS, scores))})
+            rows.append(finishing.result())
         except InputError as error:
             failures.append(str(error))
-        if rank == 0:
-            show_progress("cases", i, len(share), start)
-            if not sys.stdout.isatty():
-                print(f"{i}/{len(share)} {case.name}", flush=True)
+
+    def is_finished(case):
+        maps = folder / "probabilities" / f"{case.name}.nii.gz"
+        return not checkpoints or (folder / f"{case.name}.nii.gz").exists() and (maps.exists() or not args.probabilities) and not args.overwrite
+
+    to_predict = [case for case in share if not is_finished(case)]
+    kept = len(share) - len(to_predict) if checkpoints else 0
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        images, finishing = read_ahead(to_predict, reader), None
+        for case in share:
+            probabilities, fold = None, ""
+            if case in to_predict:
+                image = next(images)
+                if isinstance(image, InputError):
+                    failures.append(str(image))
+                    continue
+                probabilities = predict_case(image, chosen[case.name], args)
+            if checkpoints and args.held_out:
+                fold = "/".join(sorted({str(c["settings"]["fold"]) for c in chosen[case.name]}))
+            if finishing:
+                collect(finishing)    # at most one case waits to be written
+            finishing = writer.submit(finish_case, case, probabilities, fold, folder, args)
+            done += 1
+            if rank == 0:
+                show_progress("cases", done, len(share), start)
+                if not sys.stdout.isatty():
+                    print(f"{done}/{len(share)} {case.name}", flush=True)
+        if finishing:
+            collect(finishing)
+    rows = [row for row in rows if row]
 
     if world > 1:
         shares = [None] * world

@@ -8,7 +8,9 @@ The file stands alone: it needs PyTorch and nothing else.
     probabilities = torch.sigmoid(model(image))    # (B, 4, D, H, W) -> (B, 3, D, H, W), regions ET, TC, WT
 """
 
+import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 NORMS = ("instance", "instance_affine", "group")
 
@@ -26,6 +28,19 @@ def make_norm(norm, channels):
     return nn.InstanceNorm3d(channels, affine=norm == "instance_affine")
 
 
+RECOMPUTE_ON_CPU = False
+
+
+def activate_and_convolve(x, norm, relu, conv):
+    """conv(relu(norm(x))). In training on a GPU only x is kept for the backward pass; norm and ReLU are computed again there.
+
+    That nearly halves the memory, and costs little: the convolution is not computed again, its own input being the last thing missing.
+    """
+    if not (torch.is_grad_enabled() and (x.is_cuda or RECOMPUTE_ON_CPU)):
+        return conv(relu(norm(x)))
+    return checkpoint(lambda x: conv(relu(norm(x))), x, use_reentrant=False, preserve_rng_state=False)
+
+
 class ResBlock(nn.Module):
     """IN, ReLU, Conv, IN, ReLU, Conv, AddId: (B, C, D, H, W) -> the same shape."""
 
@@ -39,8 +54,8 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv3d(channels, channels, 3, padding=1, bias=False)
 
     def forward(self, x):
-        y = self.conv1(self.relu1(self.norm1(x)))
-        y = self.conv2(self.relu2(self.norm2(y)))
+        y = activate_and_convolve(x, self.norm1, self.relu1, self.conv1)
+        y = activate_and_convolve(y, self.norm2, self.relu2, self.conv2)
         return x + y
 
 
@@ -53,6 +68,13 @@ def up_conv(in_channels, out_channels):
         nn.Conv3d(in_channels, out_channels, 1, bias=False),
         nn.Upsample(scale_factor=2, mode="trilinear", align_corners=False),
     )
+
+
+class DecoderEnd(nn.Sequential):
+    """IN, ReLU, Conv1x1x1: Table 1's last row without its sigmoid."""
+
+    def forward(self, x):
+        return activate_and_convolve(x, *self)
 
 
 class SegResNet(nn.Module):
@@ -91,7 +113,7 @@ class SegResNet(nn.Module):
         self.decoder_block1 = ResBlock(2 * f, norm)                                                         # 1
         self.decoder_up0 = up_conv(2 * f, f)        # "+EncoderBlock0"                                         # 1
         self.decoder_block0 = ResBlock(f, norm)                                                             # 1
-        self.decoder_end = nn.Sequential(make_norm(norm, f), nn.ReLU(inplace=True), nn.Conv3d(f, out_channels, 1))  # 1
+        self.decoder_end = DecoderEnd(make_norm(norm, f), nn.ReLU(inplace=True), nn.Conv3d(f, out_channels, 1))  # 1
         # Paper: silent on initialisation. Here: PyTorch's default, but the last bias starts at -1, all probabilities near 0.27.
         # Why: most voxels are background; started at 1/2 they take some hundred steps to cross it, and soft Dice hardly pushes.
         nn.init.constant_(self.decoder_end[2].bias, -1.0)

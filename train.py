@@ -25,9 +25,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from barlow import Projector, barlow_twins_terms, soft_dice_loss
-from data import (REGIONS, InputError, augment, case_generator, describe, exit_with, find_cases, join_ranks, labels_to_regions, load_case, make_folder,
-                  normalize, random_crop, random_flip, regions_to_labels, show_progress, split_folds, whole_file)
-from infer import choose_window, dice, predict, read_checkpoint, write_csv
+from data import (REGIONS, InputError, augment, case_generator, check_cache, cut, describe, exit_with, find_cases, join_ranks, labels_to_regions,
+                  load_case, make_folder, normalize, prepare, random_axes, random_corner, regions_to_labels, show_progress, split_folds, whole_file)
+from infer import choose_precision, choose_window, dice, predict, read_checkpoint, write_csv
 from segresnet import NORMS, SegResNet
 
 
@@ -39,6 +39,7 @@ def parse_arguments():
     add("--fold", default="0", help="which fold is held out, or 'all': none is")
     add("--folds", type=int, default=5)
     add("--out", type=Path, help="folder of checkpoints and log; resumed if it holds last.pt (default: runs/fold<F> or runs/all)")
+    add("--cache", type=Path, help="folder of prepared cases in float16, 37 GB for BraTS 2021, or 'none' (default: cache beside OUT: runs/cache)")
     add("--epochs", type=int, default=300, help="an epoch is one crop of every training case")
     add("--lr", type=float, default=1e-4)
     add("--weight-decay", type=float, default=1e-5)
@@ -56,6 +57,7 @@ def parse_arguments():
     add("--seed", type=int, default=0, help="of weights, folds and samples")
     args = parser.parse_args()
     args.out = args.out or Path("runs") / ("all" if args.fold == "all" else f"fold{args.fold}")
+    args.cache = None if str(args.cache) == "none" else args.cache or args.out.parent / "cache"
     args.barlow_weight = 1 / args.dim if args.barlow_weight is None else args.barlow_weight
     return args
 
@@ -77,25 +79,15 @@ def check_arguments(args):
         raise InputError(f"--filters {args.filters}: expected a multiple of 8, the number of groups")
 
 
-def choose_precision(amp, device):
-    """--amp -> the autocast dtype, or None for float32. "auto": 16 bits where the device computes in them natively."""
-    if amp != "auto":
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    instructions = torch.cpu.get_capabilities()
-    return torch.bfloat16 if instructions.get("avx512_bf16") or instructions.get("amx_bf16") else None
-
-
 class Crops(Dataset):
-    """Samples for a schedule of (epoch, case): a crop of the case, flipped; image (4, *crop) float32, target (3, *crop) bool, a seed for
-    its two views, its name.
+    """Samples for a schedule of (epoch, case): a crop of the case, flipped; image (4, *crop) float32, or float16 out of the cache, labels
+    (1, *crop) uint8, a seed for its two views, its name.
 
     A case that cannot be read gives its InputError instead: raised in a worker process it would arrive as a traceback.
     """
 
-    def __init__(self, schedule, crop, seed):
-        self.schedule, self.crop, self.seed = schedule, crop, seed
+    def __init__(self, schedule, crop, seed, cache=None):
+        self.schedule, self.crop, self.seed, self.cache = schedule, crop, seed, cache
 
     def __len__(self):
         return len(self.schedule)
@@ -104,12 +96,14 @@ class Crops(Dataset):
         epoch, case = self.schedule[index]
         generator = case_generator(self.seed, epoch, case.name)
         try:
-            image, target, _ = load_case(case)
+            prepared = prepare(case, self.cache)
         except InputError as error:
             return error
-        image, target = random_crop(normalize(image), target, self.crop, generator)
-        image, target = random_flip(image, target, generator)
-        return image, target, int(torch.randint(2**31, (), generator=generator)), case.name
+        corner = random_corner(prepared.shape, self.crop, generator)    # in the whole volume, cached or not
+        corner = [c - of_box for c, of_box in zip(corner, prepared.corner)]
+        axes = random_axes(generator)
+        image, labels = (cut(volume, corner, self.crop, axes) for volume in (prepared.image, prepared.labels))
+        return image, labels, int(torch.randint(2**31, (), generator=generator)), case.name
 
 
 class TwoViews(nn.Module):
@@ -246,11 +240,14 @@ def train(args, rank, world, device):
             raise InputError(f"{what}, expected four modalities and a segmentation for every case to train on")
     if len({case.et_label for case in cases}) > 1:
         raise InputError(f"--data {args.data}: {describe(cases)}; expected one generation")
+    et_label = cases[0].et_label
     val_cases = [] if args.fold == "all" else split_folds(cases, args.folds, args.seed)[int(args.fold)]
     train_cases = [case for case in cases if case not in val_cases]
     if not train_cases:
         raise InputError(f"--folds {args.folds}: leaves no case to train on, expected at least 2, or --fold all")
     make_folder(args.out)
+    room, told = (False, "") if args.cache is None else check_cache(args.cache, train_cases)
+    cache = None if agree(None, not room, world, device) else args.cache    # all ranks or none
 
     torch.manual_seed(args.seed)
     network = SegResNet(filters=args.filters, norm=args.norm)
@@ -266,7 +263,7 @@ def train(args, rank, world, device):
     autocast = torch.autocast(device.type, dtype=precision, enabled=precision is not None)
     scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)    # float16 alone can underflow
 
-    settings = {name: value for name, value in vars(args).items() if name not in ("data", "out", "workers")}
+    settings = {name: value for name, value in vars(args).items() if name not in ("data", "out", "cache", "workers")}
     settings.update(crop=list(args.crop), world=world)
     about = {"train_cases": [case.name for case in train_cases], "val_cases": [case.name for case in val_cases]}
     first, done, best, log = 0, 0, -1.0, []    # epochs done, and steps of the next one
@@ -284,7 +281,9 @@ def train(args, rank, world, device):
               f"{sum(p.numel() for p in network.parameters()):,} parameters; "
               + (f"epochs {first + 1} to {args.epochs} of {steps} steps" if first < args.epochs else f"all {first} epochs were done before")
               + (f", {done} steps of epoch {first + 1} done before" if done else ""), flush=True)
-        for leftover in args.out.glob(".*.pt"):    # of a run killed while it wrote
+        if told:
+            print(told, flush=True)
+        for leftover in args.out.glob(".[0-9]*"):    # of a run killed while it wrote
             leftover.unlink()
 
     def save(epoch, step, better=False):
@@ -293,7 +292,7 @@ def train(args, rank, world, device):
         if world > 1:
             dist.all_reduce(total)
         if rank == 0:
-            checkpoint = {"model": network.state_dict(), "settings": settings, **about, "et_label": cases[0].et_label, "epoch": epoch,
+            checkpoint = {"model": network.state_dict(), "settings": settings, **about, "et_label": et_label, "epoch": epoch,
                           "dice": scores or []}
             try:
                 if better:
@@ -310,7 +309,7 @@ def train(args, rank, world, device):
     # One loader for all epochs, so that its workers read on while an epoch ends.
     schedule = [(epoch, case) for epoch in range(first, args.epochs)
                 for case in epoch_order(train_cases, args.seed, epoch, world)[rank::world]][done:]
-    samples = iter(DataLoader(Crops(schedule, args.crop, args.seed), batch_size=None, num_workers=args.workers,
+    samples = iter(DataLoader(Crops(schedule, args.crop, args.seed, cache), batch_size=None, num_workers=args.workers,
                               pin_memory=device.type == "cuda", worker_init_fn=leave_terminal))
     signals, saved = [], time.monotonic()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -326,15 +325,16 @@ def train(args, rank, world, device):
                 saved = time.monotonic()
             if wish > 1:
                 leave(wish, rank, f"in epoch {epoch + 1}, after step {i}")
-            image, target, views_seed, name = sample
+            image, labels, views_seed, name = sample
 
             for group in optimizer.param_groups:
                 group["lr"] = cosine(args.lr, epoch * steps + i, args.epochs * steps)
 
             # section 3.1: "we copy it and augment it each copy independently, forming a batch of 2"
-            x = image.to(device, non_blocking=True).expand(2, -1, -1, -1, -1)        # (2, 4, D, H, W)
-            p_true = target.to(device, non_blocking=True).expand(2, -1, -1, -1, -1)  # (2, 3, D, H, W)
-            x, p_true = augment(x, p_true, torch.Generator(device).manual_seed(views_seed))
+            x = image.to(device, non_blocking=True).float().expand(2, -1, -1, -1, -1)    # (2, 4, D, H, W)
+            labels = labels.to(device, non_blocking=True).expand(2, -1, -1, -1, -1)      # (2, 1, D, H, W)
+            x, labels = augment(x, labels, torch.Generator(device).manual_seed(views_seed))
+            p_true = labels_to_regions(labels[:, 0], et_label)                           # (2, 3, D, H, W)
 
             with autocast:
                 logits, z_a, z_b = model(x)

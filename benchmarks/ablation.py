@@ -368,8 +368,7 @@ def gather(paths, target):
     for path in paths:
         with open(path, newline="") as file:
             rows += csv.DictReader(file)
-    if rows:
-        write_csv(target, rows)
+    write_csv(target, rows)
 
 
 def main():

@@ -21,10 +21,9 @@ import torch  # noqa: E402
 import figure  # noqa: E402
 import phantom  # noqa: E402
 from ablation import COHORTS, PHANTOM, QUICK, Run  # noqa: E402
-from data import find_cases, labels_to_regions, load_case, normalize, regions_to_labels, save_volume  # noqa: E402
-from infer import brain_box, choose_window, predict, write_csv  # noqa: E402
+from data import brain_box, find_cases, labels_to_regions, load_case, normalize, regions_to_labels, save_volume  # noqa: E402
+from infer import choose_precision, choose_window, predict, write_csv  # noqa: E402
 from segresnet import SegResNet  # noqa: E402
-from train import choose_precision  # noqa: E402
 from tables import (CONDITIONS, DICE, HERE, PERTURBED, REGIONS, interval, mean_rho, of, paired, primary_rows, rank_maps, read,  # noqa: E402
                     secondary_rows, settings, without_and_with)
 
@@ -56,7 +55,7 @@ def plot_dice(scores, path):
         ax.grid(axis="y", color="#e6e6e6", lw=0.6)
     axes[0, 0].set_ylabel("mean Dice of ET, TC, WT")
     axes[0, 0].legend(loc="lower left")
-    fig.savefig(path, dpi=150)
+    figure.save(fig, path)
 
 
 def plot_differences(scores, path):
@@ -77,7 +76,7 @@ def plot_differences(scores, path):
         ax.locator_params(axis="x", nbins=6)
         ax.axvline(0, color="#999999", lw=0.8, zorder=0)
         ax.grid(axis="x", color="#e6e6e6", lw=0.6)
-    fig.savefig(path, dpi=150)
+    figure.save(fig, path)
 
 
 def plot_confidence(maps, path):
@@ -93,7 +92,7 @@ def plot_confidence(maps, path):
         ax.set_ylim(-0.02, 1.02)
         ax.grid(color="#e6e6e6", lw=0.6)
     axes[0].set_ylabel("its true Dice")
-    fig.savefig(path, dpi=150)
+    figure.save(fig, path)
 
 
 # ---- pictures ---------------------------------------------------------------------------------------------------------
@@ -168,7 +167,7 @@ def draw_other_side(study, size, cases, spills, path):
     figure.draw_slices(fig, flair, rows, 0.15, bottoms, height, through=spills[worst, case.name].numpy())
     for title, bottom in zip(titles, bottoms):
         fig.text(0.15 / fig.get_figwidth(), (bottom + height + 0.07) / fig.get_figheight(), title, fontsize=9.5, color="#222222")
-    fig.savefig(path, dpi=150)
+    figure.save(fig, path)
 
 
 def main():

@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 import data  # noqa: E402
 import ensemble  # noqa: E402
+import figure  # noqa: E402
 import infer  # noqa: E402
 import phantom  # noqa: E402
 import train  # noqa: E402
@@ -65,6 +66,7 @@ def make_material(folder):
     train.save_checkpoint(folder / "best.pt", checkpoint)
     train.save_checkpoint(folder / "last.pt", {**checkpoint, "views": views.state_dict(), "optimizer": optimizer.state_dict(), "scaler": {},
                                                "step": 0, "best": 0.0, "log": [], "sums": [0.0] * 5, "seconds": 0.0})
+    (folder / "log.csv").write_text("epoch,dice_loss,barlow,dice_et,dice_tc,dice_wt\n1,0.9,30,,,\n2,0.8,20,0.1,0.2,0.3\n")
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -115,7 +117,7 @@ def mutate_volume(rng, content):
     packed = gzip.compress(content, 1)
     if way >= 0.95:    # much from little: zeros behind a header that asks for all of them
         header = nib.Nifti1Header(content[:348], check=False)
-        header.set_data_shape((rng.choice((400, 1000, 30000)),) * 3)
+        header.set_data_shape((rng.choice((320, 1000, 30000)),) * 3)
         packed = gzip.compress(header.structarr.tobytes() + bytes(4), 1) + gzip.compress(bytes(2**25), 9) * 8
     elif way >= 0.7:
         packed = mutate_bytes(rng, packed)
@@ -132,7 +134,7 @@ def mutate_checkpoint(rng, content, folder, marker):
             for entry in old.infolist():
                 held = old.read(entry)
                 if rng.random() < 0.02:
-                    held = bytes(2**28)
+                    held = bytes(2**25)
                 new.writestr(entry.filename, mutate_bytes(rng, held) if entry.file_size < 60000 and rng.random() < 0.5 else held)
         return path.read_bytes()
     if way < 0.65:
@@ -157,7 +159,7 @@ NAMES = ("..", "...", "-rf", "a b", "a\nb", "a\x1b[31m", "\udcff", "é" * 60, "x
 
 def one_case(rng, material, folder, marker):
     """One damaged input through the reader that users reach it by. Raises whatever that raises."""
-    kind = rng.choice(("image", "image", "label", "map", "best.pt", "last.pt", "names"))
+    kind = rng.choice(("image", "image", "label", "map", "best.pt", "last.pt", "log.csv", "names"))
     if kind in ("image", "label"):
         content, suffix = mutate_volume(rng, material[f"{kind}.nii"])
         paths = [folder / f"BraTS2021_1_{modality}.nii" for modality in (*phantom.MODALITIES, "seg")]
@@ -173,6 +175,9 @@ def one_case(rng, material, folder, marker):
         content, suffix = mutate_volume(rng, material["map.nii"])
         (folder / f"mutated{suffix}").write_bytes(content)
         ensemble.load_maps([folder / f"mutated{suffix}"])
+    elif kind == "log.csv":
+        (folder / kind).write_bytes(mutate_bytes(rng, material[kind]))
+        figure.read_logs([folder])
     elif kind == "names":
         name, other = rng.choice(NAMES), rng.choice(NAMES)
         inside = folder / "cohort" / other if other.strip(".") else folder / "cohort"
@@ -313,9 +318,10 @@ def kill(kills, seed, processes=(1, 2)):
                         saved_by_signal += number == signal.SIGTERM
                 ends += 1
                 found = [torch.load(out / name, weights_only=True) for name in ("last.pt", "best.pt")]
-                if not same(found, expected) or sorted(path.name for path in out.iterdir()) != ["best.pt", "last.pt", "log.csv"]:
+                files = sorted(path.name for path in out.iterdir())
+                if not same(found, expected) or files != ["best.pt", "last.pt", "log.csv"]:
                     unequal += 1
-                    print(f"{out.name}: does not end like the run left alone\n{out.with_suffix('.txt').read_text()}")
+                    print(f"{out.name}: does not end like the run left alone, with {files}\n{out.with_suffix('.txt').read_text()}")
             print(f"kill: {world} process{'es' * (world > 1)}, a run of {seconds:.1f} s: {done} kills ({saved_by_signal} by SIGTERM), {ends} runs ended, "
                   f"{unequal} unlike the run left alone", flush=True)
     return unequal

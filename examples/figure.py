@@ -189,6 +189,10 @@ def draw(case, scores, why, folder, logs, out):
                borderaxespad=0, handlelength=1.1, handleheight=1.1, columnspacing=1.8)
     if logs:
         draw_curves(fig, logs, left + slices + 0.75, bottoms, 3.1, height)
+    save(fig, out)
+
+
+def save(fig, out):
     if out.suffix == ".png":  # a palette of 256 colours: a third of the size
         fig.savefig(buffer := io.BytesIO(), format="png", dpi=150)
         Image.open(buffer).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(out, optimize=True, dpi=(150, 150))

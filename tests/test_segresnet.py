@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+import segresnet
 from segresnet import ResBlock, SegResNet, from_monai, to_monai
 
 # Table 1 as the paper prints it: name, repeat.
@@ -95,6 +97,40 @@ def test_outputs_and_gradients_equal_monai(filters, norm):
     for name, parameter in ours.named_parameters():
         scale = gradients[name].abs().max().item()
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=0, atol=1e-4 * scale, msg=lambda m: f"{name}: {m}")
+
+
+def kept_for_backward(network, x):
+    """The output, and the bytes of tensors that autograd keeps, parameters apart, each storage once."""
+    own = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)    # held, so that no other storage gets its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = network(x)
+    return y, sum(nbytes for nbytes, _ in kept.values())
+
+
+@pytest.mark.parametrize("norm", ["instance", "instance_affine", "group"])
+def test_what_is_computed_again_on_a_gpu_changes_no_gradient_runs_no_convolution_twice_and_saves_memory(monkeypatch, norm):
+    torch.manual_seed(0)
+    network, x = SegResNet(filters=8, norm=norm), torch.randn(2, 4, 32, 24, 16)
+    found = []
+    for again in (False, True):
+        monkeypatch.setattr(segresnet, "RECOMPUTE_ON_CPU", again)
+        network.zero_grad()
+        _, nbytes = kept_for_backward(network, x)
+        with FlopCounterMode(display=False) as flops:
+            y = network(x)
+            y.square().mean().backward()
+        found.append((nbytes, flops.get_total_flops(), y.detach(), [p.grad.clone() for p in network.parameters()]))
+    (plain, plain_flops, *plain_values), (less, flops, *values) = found
+    assert plain / less >= 1.6 and flops == plain_flops
+    torch.testing.assert_close(values, plain_values, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("norm", MONAI_NORMS)
@@ -185,6 +221,7 @@ def test_the_file_works_alone(tmp_path):
 import sys
 sys.modules.update(dict.fromkeys(["barlow", "data", "ensemble", "infer", "train", "monai", "nibabel", "scipy"]))   # None: cannot be imported
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from segresnet import SegResNet
 torch.manual_seed(3)
 print(SegResNet(filters=8)(torch.randn(1, 4, 16, 8, 24)).double().abs().sum().item())

@@ -1,4 +1,4 @@
-"""benchmarks/tables.py: intervals against a plain loop and a closed form, pairs and ranks by hand, RESULTS.md against its CSVs."""
+"""The ablation: its intervals against a plain loop and a closed form, pairs and ranks by hand, RESULTS.md against its CSVs."""
 
 import csv
 import re
@@ -151,6 +151,52 @@ def test_results_are_what_the_committed_csvs_say():
     assert sorted(re.findall(r"<!-- table: (.+?) -->", text)) == sorted(made)    # every table is there, once
     assert tables.fill(text, made) == text
     assert tables.fill(text.replace("| 0.", "| 9."), made) == text
+
+
+# ---- the study itself -----------------------------------------------------------------------------------------------
+
+
+def test_the_whole_study_in_miniature_prints_every_table_and_is_not_done_twice(run, tmp_path):
+    import ablation
+    import torch
+
+    done = run("benchmarks/ablation.py", "--quick", "--out", tmp_path, ok=0)
+    assert "29 networks, 29 to do" in done.stdout
+    for name in tables.all_tables(tmp_path):
+        assert f"\n{name}\n" in done.stdout
+    # a row against the saved network, predicted and scored anew
+    (found,) = tables.of(tables.read(tmp_path, "scores"), cohort="hard", cases="4", arm="with", seed="1", condition="as trained", case="BraTS2021_00007")
+    model = ablation.SegResNet(filters=8)
+    model.load_state_dict(torch.load(tmp_path / "models" / "hard-4-with-seed_1.pt", weights_only=True)["model"])
+    (case,) = [case for case in ablation.find_cases(tmp_path / "cohorts" / "hard") if case.name == found["case"]]
+    image, truth, _ = ablation.load_case(case)
+    precision = ablation.choose_precision("auto", torch.device("cpu"))
+    with torch.autocast("cpu", dtype=precision, enabled=precision is not None):
+        probabilities = ablation.predict(model.eval(), ablation.normalize(image), (32, 32, 24))
+    painted = ablation.labels_to_regions(ablation.regions_to_labels(probabilities > 0.5))
+    assert [float(found[column]) for column in tables.DICE] == pytest.approx([ablation.dice(p, t) for p, t in zip(painted, truth)], abs=1e-4)
+    again = run("benchmarks/ablation.py", "--quick", "--out", tmp_path, ok=0)
+    assert "29 networks, 0 to do" in again.stdout and again.stdout.split("the term", 1)[1] == done.stdout.split("the term", 1)[1]
+
+
+def test_perturbations_keep_the_background_and_do_what_they_say():
+    import ablation
+    import torch
+
+    image = torch.zeros(4, 24, 24, 24)
+    image[:, 4:20, 4:20, 4:20] = 100 + 10 * torch.randn(4, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    brain = image != 0
+    for condition in ablation.CONDITIONS:
+        out = ablation.perturb(image, condition, torch.Generator().manual_seed(1))
+        assert not out[~brain].any() and torch.equal(out, image) == (condition == "as trained")
+    noise = ablation.perturb(image, "noise", torch.Generator().manual_seed(1))[brain] - image[brain]
+    assert noise.std().item() == pytest.approx(20, rel=0.05)
+    contrast = ablation.perturb(image, "contrast", torch.Generator().manual_seed(1))
+    for before, after in zip(image, contrast):    # monotone: the order of the voxels stays
+        inside = before != 0
+        assert (after[inside][before[inside].argsort()].diff() >= 0).all() and not torch.allclose(before, after, rtol=0.05)
+    field = torch.log(ablation.perturb(image, "bias field", torch.Generator().manual_seed(1))[brain] / image[brain])
+    assert 0.2 < field.std().item() < 0.5
 
 
 # ---- the figures ------------------------------------------------------------------------------------------------------

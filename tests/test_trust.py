@@ -1,0 +1,154 @@
+"""Nothing let in, nothing torn: hostile checkpoints and scans, full and read-only disks, through the real commands."""
+
+import gzip
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import pytest
+import torch
+
+from conftest import REPO
+from data import find_cases
+
+TINY = ["--folds", 2, "--crop", 16, 16, 16, "--filters", 8, "--pool", 4, "--dim", 4, "--workers", 0, "--amp", "off"]
+MEMORY = 4 * 2**30    # of addresses, for a whole process: PyTorch itself wants more than half of it
+
+
+def limited(script, *arguments, memory=None, file_size=None):
+    """A command under limits of the operating system: bytes of memory, bytes a file."""
+
+    def limit():
+        if memory:
+            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+        if file_size:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)    # so that writing fails as it does on a full disk
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+
+    return subprocess.run([sys.executable, REPO / script, *map(str, arguments)], cwd=REPO, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True, timeout=300, preexec_fn=limit)
+
+
+def one_line(process, *parts, code=2):
+    assert process.returncode == code, process.stderr
+    (line,) = process.stderr.splitlines()
+    assert all(str(part) in line for part in parts), line
+
+
+# ---- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("packed", ["pickle", "inside a checkpoint"])
+def test_a_checkpoint_that_carries_code_is_refused_and_the_code_does_not_run(run, cohort, checkpoint, tmp_path, packed):
+    for name in ("best.pt", "last.pt"):
+        if packed == "pickle":
+            (tmp_path / name).write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
+        else:
+            torch.save({**torch.load(checkpoint.with_name(name), weights_only=True), "extra": Payload(tmp_path / "ran")}, tmp_path / name)
+    torch.load(tmp_path / "last.pt", weights_only=False) if packed != "pickle" else pickle.loads((tmp_path / "last.pt").read_bytes())
+    (tmp_path / "ran").unlink()    # it would have run
+    one_line(run("infer.py", cohort, "--checkpoints", tmp_path / "best.pt", "--out", tmp_path / "out"), "best.pt")
+    one_line(run("train.py", "--data", cohort, "--out", tmp_path, *TINY), "last.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("setting, value", [("filters", 10**9), ("filters", "8"), ("norm", "none"), ("crop", [10**9] * 3), ("crop", [32, 32])])
+def test_a_checkpoint_with_settings_of_nonsense_takes_no_memory(cohort, checkpoint, tmp_path, setting, value):
+    content = torch.load(checkpoint, weights_only=True)
+    content["settings"][setting] = value
+    torch.save(content, tmp_path / "best.pt")
+    one_line(limited("infer.py", cohort, "--checkpoints", tmp_path / "best.pt", "--out", tmp_path / "out", memory=MEMORY), "best.pt")
+
+
+# ---- scans ------------------------------------------------------------------------------------------------------------
+
+
+def promise(path):
+    """32767 x 32767 x 32767 voxels in a file of some hundred bytes."""
+    header = nib.Nifti1Header()
+    header.set_data_dtype("int16")
+    header["dim"] = [3, 32767, 32767, 32767, 1, 1, 1, 1]
+    header["magic"], header["vox_offset"] = b"n+1", 352
+    path.write_bytes(gzip.compress(header.structarr.tobytes() + bytes(1000)))
+
+
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage, why", [(promise, "header promises 32767x32767x32767 voxels"), (cut_off, "cannot be read")])
+@pytest.mark.parametrize("modality", [1, "seg"])
+def test_a_scan_that_is_not_what_it_says_is_refused_before_memory_is_taken(cohort, checkpoint, tmp_path, damage, why, modality):
+    shutil.copytree(cohort, tmp_path / "cohort")
+    case = find_cases(tmp_path / "cohort")[0]
+    bad = case.label if modality == "seg" else case.images[modality]
+    damage(bad)
+    done = limited("data.py", tmp_path / "cohort", memory=MEMORY)
+    assert done.returncode == 1 and bad.name in done.stdout and why in done.stdout and "1 of 6 cases cannot be used" in done.stdout and not done.stderr
+    one_line(limited("train.py", "--data", tmp_path / "cohort", "--fold", "all", "--out", tmp_path / "run", *TINY, memory=MEMORY), bad.name, why)
+    done = limited("infer.py", tmp_path / "cohort", "--checkpoints", checkpoint, "--out", tmp_path / "out", memory=MEMORY)
+    assert done.returncode == 1 and f"error: {bad}" in done.stdout and "5 of 6 cases done" in done.stdout and not done.stderr
+
+
+def test_what_a_case_is_called_cannot_lead_out_of_the_folder(run, cohort, checkpoint, tmp_path):
+    folder = tmp_path / "cohort" / "..odd.." / "%2e%2e"
+    folder.mkdir(parents=True)
+    case = find_cases(cohort)[0]
+    for path in (*case.images, case.label):
+        shutil.copy(path, folder / path.name.replace("BraTS2021_00000", "a..b -rf $(x)"))
+    run("infer.py", tmp_path / "cohort", "--checkpoints", checkpoint, "--out", tmp_path / "out", ok=0)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file() and "cohort" not in path.parts) == [
+        "out.csv", "out/a..b -rf $(x).nii.gz"]
+
+
+# ---- disks ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_ends_training_in_one_line_and_keeps_the_last_checkpoint(run, cohort, tmp_path):
+    arguments = ["--data", cohort, "--out", tmp_path, "--fold", "all", *TINY]
+    run("train.py", *arguments, "--epochs", 2, ok=0)
+    before = (tmp_path / "last.pt").read_bytes()
+    content = torch.load(tmp_path / "last.pt", weights_only=True)
+    content["epoch"], content["finished"] = 1, False    # so that one epoch is left to do
+    torch.save(content, tmp_path / "last.pt")
+    before = (tmp_path / "last.pt").read_bytes()
+    done = limited("train.py", *arguments, "--epochs", 2, file_size=len(before) // 2)
+    one_line(done, tmp_path / "last.pt", "File too large")
+    assert (tmp_path / "last.pt").read_bytes() == before and sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "log.csv"]
+    run("train.py", *arguments, "--epochs", 2, ok=0)
+
+
+def test_a_full_disk_ends_prediction_in_one_line_and_leaves_nothing_torn(run, cohort, checkpoint, tmp_path):
+    arguments = [cohort, "--checkpoints", checkpoint, "--out", tmp_path / "out", "--probabilities"]
+    done = limited("infer.py", *arguments, file_size=20_000)
+    one_line(done, tmp_path / "out" / "probabilities" / "BraTS2021_00000.nii.gz", "File too large")
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["probabilities"]
+    run("infer.py", *arguments, ok=0)
+    merge = ["--out", tmp_path / "merged", tmp_path / "out" / "probabilities"]
+    one_line(limited("ensemble.py", *merge, file_size=100), tmp_path / "merged", "File too large")
+    assert not list((tmp_path / "merged").iterdir())
+
+
+@pytest.mark.parametrize("script", ["train.py", "infer.py", "ensemble.py"])
+def test_a_folder_that_cannot_be_written_is_one_line(run, cohort, checkpoint, tmp_path, script):
+    """/proc is read-only to everybody, also to an administrator."""
+    out = Path("/proc/self/out")
+    if not out.parent.is_dir():
+        pytest.skip("no /proc here")
+    nib.save(nib.Nifti1Image(torch.zeros(4, 4, 4, 3).numpy(), torch.eye(4).numpy()), tmp_path / "case.nii.gz")
+    arguments = {"train.py": ["--data", cohort, *TINY], "infer.py": [cohort, "--checkpoints", checkpoint], "ensemble.py": [tmp_path]}[script]
+    one_line(run(script, *arguments, "--out", out), "/proc/self/out")
