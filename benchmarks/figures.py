@@ -90,6 +90,7 @@ def plot_confidence(maps, path):
         ax.set_title(f"{region}: rho within a case {mean_rho(ranked, ranked, 2)}", loc="left", fontsize=9, color="#222222")
         ax.set_xlabel("confidence of a map")
         ax.set_ylim(-0.02, 1.02)
+        ax.set_axisbelow(True)
         ax.grid(color="#e6e6e6", lw=0.6)
     axes[0].set_ylabel("its true Dice")
     figure.save(fig, path)
@@ -157,8 +158,10 @@ def draw_other_side(study, size, cases, spills, path):
     runs = [worst._replace(arm=arm) for arm in ("without", "with")]
     image, truth, _ = load_case(case)
     rows = [truth.numpy().astype(bool)] + [predictor(study, run, size)(image).numpy() for run in runs]
-    titles = [f"{case.name} over FLAIR: truth; below, networks of {worst.cases} training cases, seed {worst.seed}"]
-    titles += [f"{run.arm.capitalize()} the term: {int(spills[run, case.name].sum())} voxels of WT on the other side" for run in runs]
+    titles = [f"{case.name}, FLAIR: truth"]
+    for run in runs:
+        count = int(spills[run, case.name].sum())
+        titles.append(f"{run.arm.capitalize()} the term, {run.cases} cases, seed {run.seed}: {count} voxels of WT on the other side")
     height, gap = 2.0, 0.3    # of a row, and between rows; inches
     flair = image[3].numpy()
     extents = figure.window(flair)[1]

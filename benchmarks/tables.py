@@ -204,7 +204,7 @@ def ensemble(ensembles):
         here = of(ensembles, maps=maps)
         for name in (*WAYS, "mean", "geometric mean", "top N/2 by confidence", "weighted by confidence"):
             mine = of(here, way=WAYS.get(name, name))
-            if mine:    # forty maps come from no single network
+            if mine:
                 pair = paired(of(here, way="mean"), mine, ["dice"])
                 regions = [f"{average(of(mine, region=region), ['dice']):.4f}" for region in REGIONS]
                 to_mean = "" if name == "mean" else signed(pair[1] - pair[0])
@@ -300,13 +300,13 @@ def claims_of_the_term(scores):
 def claims_of_the_ensemble(ensembles, maps):
     sentences = []
     for kind in dict.fromkeys(row["maps"] for row in ensembles):
-        mean, top, singles = (of(ensembles, maps=kind, way=way) for way in ("mean", "top N/2 by confidence", SINGLES))
+        mean, top, best, singles = (of(ensembles, maps=kind, way=way) for way in ("mean", "top N/2 by confidence", "best single", SINGLES))
         one, other = paired(mean, top, ["dice"])
         word, figures = verdict(other - one, "is better than", "is worse than", "cannot be told from")
         sentence = f"On this cohort the confidence ensemble of {kind} {word} their plain mean: mean Dice {figures}"
-        if singles:
-            single, merged = paired(singles, mean, ["dice"])
-            sentence += f"; the plain mean to a network alone, {signed(merged - single)}"
+        if singles:    # forty maps come from no single network
+            to_mean = [signed(np.subtract(*paired(mean, rows, ["dice"])[::-1])) for rows in (best, singles)]
+            sentence += "; the network that validates best, {}; a network alone, averaged over all five, {}".format(*to_mean)
         sentences.append(sentence + ".")
     for region in REGIONS:
         ranked = rank_maps(of(maps, region=region, flip="0"))
