@@ -3,7 +3,7 @@
     python benchmarks/ablation.py                   # the synthetic study of RESULTS.md; hours, --jobs runs beside each other
     python benchmarks/ablation.py --quick           # all of it in miniature, some minutes
     python benchmarks/ablation.py --data DIR        # the same study on BraTS, at the paper's size; wants a GPU
-    python benchmarks/tables.py                     # the tables and plots again, out of the CSVs
+    python benchmarks/tables.py OUT                 # the tables again, out of the CSVs; figures.py for the plots
 
 A run is one network trained by this file's own loop over the project's functions, on one device, for a fixed number of steps, and
 judged by its last weights: nothing is selected on the cases it is tested on. Both arms of a pair start from the same weights and see the
@@ -401,8 +401,7 @@ def main():
     gather([args.out / "runs" / f"{run.name}.csv" for run in runs], args.out / "scores.csv")
     for name in ("maps", "ensembles"):
         gather([args.out / "runs" / f"{name}-{seed}.csv" for seed in range(size.fold_seeds)], args.out / f"{name}.csv")
-    for name, content in tables.all_tables(args.out).items():
-        print(f"\n{name}\n\n{content}")
+    tables.print_all(args.out)
 
 
 if __name__ == "__main__":

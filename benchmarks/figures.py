@@ -1,179 +1,196 @@
-"""The ablation's figures.
+"""The ablation's plots, out of its CSVs, and pictures of what its networks predict.
 
-    python benchmarks/figures.py                           # Dice by arm, and confidence against Dice, out of the CSVs in benchmarks/results
-    python benchmarks/figures.py --study runs/ablation     # also what needs the networks: a case in three planes, the failure of the
-                                                           # paper's Figure 2, and other_side.csv, which counts it
+    python benchmarks/figures.py                            # the plots of the study in benchmarks/results, into that folder
+    python benchmarks/figures.py --study runs/ablation      # the pictures and other_side.csv as well, by the networks that lie there
+
+The pictures: case.png, the test case of median Dice; other_side.png, the paper's Figure 2, whole tumour predicted in the healthy half of
+the brain because it is bright there in FLAIR. Their networks are those of the hard cohort, which has such cases. Needs matplotlib.
 """
 
 import argparse
-import io
 import sys
+import tempfile
 from pathlib import Path
 
-import numpy as np
-import torch
-from matplotlib.patches import Patch
-from PIL import Image
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "examples")]
-import ablation  # noqa: E402
 import figure  # noqa: E402
-import tables  # noqa: E402
-from data import REGIONS, find_cases, labels_to_regions, load_case, normalize, regions_to_labels  # noqa: E402
-from figure import LINES, plt  # noqa: E402
-from infer import brain_box, choose_window, dice, predict, write_csv  # noqa: E402
+import phantom  # noqa: E402
+from ablation import COHORTS, PHANTOM, QUICK, Run  # noqa: E402
+from data import brain_box, find_cases, labels_to_regions, load_case, normalize, regions_to_labels, save_volume  # noqa: E402
+from infer import choose_precision, choose_window, predict, write_csv  # noqa: E402
 from segresnet import SegResNet  # noqa: E402
+from tables import (CONDITIONS, DICE, HERE, PERTURBED, REGIONS, interval, mean_rho, of, paired, primary_rows, rank_maps, read,  # noqa: E402
+                    secondary_rows, settings, without_and_with)
 
-ARMS = {"without": ("#666666", "o"), "with": ("#0060a8", "s")}
-NAMES = {"without": "without the term", "with": "with the term"}
-
-
-def save(fig, path):
-    """PNG with a palette of 256 colours, a third of the size."""
-    fig.savefig(buffer := io.BytesIO(), format="png", dpi=130)
-    plt.close(fig)
-    picture = Image.open(buffer).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    picture.save(path, optimize=True, dpi=(130, 130))
+ARMS = {"without": {"color": "#888888", "marker": "o", "mfc": "white"}, "with": {"color": "#111111", "marker": "s"}}    # open, filled
 
 
-def dice_by_arm(scores, path):
-    """Mean Dice of both arms with intervals, a panel a setting; beside it every paired difference."""
-    settings = tables.settings_of(scores)
-    fig, axes = plt.subplots(1, len(settings) + 1, figsize=(2.3 * len(settings) + 3.4, 3.2), width_ratios=[1] * len(settings) + [1.5],
-                             layout="constrained")
-    for ax, (cohort, cases) in zip(axes, settings):
-        for shift, (arm, (colour, marker)) in zip((-0.1, 0.1), ARMS.items()):
-            values = [tables.matrix(tables.of(scores, cohort=cohort, cases=cases, arm=arm, condition=c, fold="-1"), tables.DICE) for c in tables.CONDITIONS]
-            means = np.array([tables.interval(tables.paired(dict.fromkeys(v, 0.0), v)) for v in values])
-            ax.errorbar(np.arange(len(values)) + shift, means[:, 0], [means[:, 0] - means[:, 1], means[:, 2] - means[:, 0]], fmt=marker, ms=4,
-                        color=colour, lw=1, capsize=2, label=NAMES[arm])
-        ax.set_title(f"{cohort}, {cases} training cases", loc="left", fontsize=9)
-        ax.set_xticks(range(4), [c.replace(" ", "\n") for c in tables.CONDITIONS], fontsize=7.5)
+# ---- plots ------------------------------------------------------------------------------------------------------------
+
+
+def error_bar(ax, at, values, across=False, **style):
+    """The mean of (seeds, cases) and its interval, at a place on x; across: on y instead."""
+    mean, low, high = interval(values)
+    place, error = ((mean, at), "xerr") if across else ((at, mean), "yerr")
+    return ax.errorbar(*place, **{error: [[mean - low], [high - mean]]}, ls="", ms=4.5, lw=1, capsize=2, **style)
+
+
+def plot_dice(scores, path):
+    """Mean Dice by arm, a panel for each setting."""
+    shown = settings(scores)
+    fig, axes = plt.subplots(1, len(shown), figsize=(2.3 * len(shown), 2.9), sharey=True, squeeze=False, layout="constrained")
+    for ax, (cohort, cases) in zip(axes[0], shown):
+        for x, condition in enumerate(CONDITIONS):
+            pair = without_and_with(scores, DICE, cohort=cohort, cases=cases, condition=condition)
+            for shift, (arm, style), values in zip((-0.12, 0.12), ARMS.items(), pair):
+                error_bar(ax, x + shift, values, label=f"{arm} the term" if not x else None, **style)
+        ax.set_title(f"{cohort}, {cases} training cases", loc="left", fontsize=9, color="#222222")
+        ax.set_xticks(range(len(CONDITIONS)), [condition.replace(" ", "\n") for condition in CONDITIONS])
+        ax.set_xlim(-0.5, len(CONDITIONS) - 0.5)
         ax.grid(axis="y", color="#e6e6e6", lw=0.6)
-        ax.set_ylim(0.2, 1)
-        ax.set_yticks(np.arange(0.2, 1.01, 0.2), [f"{v:.1f}" for v in np.arange(0.2, 1.01, 0.2)] if ax is axes[0] else [""] * 5)
-    axes[0].set_ylabel("mean Dice, 95 % interval")
-    axes[0].legend(loc="upper right", fontsize=7.5)
-    forest, labels = axes[-1], []
-    for cohort, cases in settings:
-        for condition in tables.CONDITIONS:
-            arms = [tables.matrix(tables.of(scores, cohort=cohort, cases=cases, arm=arm, condition=condition, fold="-1"), tables.DICE) for arm in ARMS]
-            mean, low, high = tables.interval(tables.paired(*arms))
-            forest.plot([low, high], [-len(labels)] * 2, color="#0060a8", lw=1)
-            forest.plot(mean, -len(labels), "s", ms=3.5, color="#0060a8")
-            labels.append(f"{cohort}, {cases}, {condition}")
-    forest.axvline(0, color="#999999", lw=0.8)
-    forest.set_yticks(-np.arange(len(labels)), labels, fontsize=6.5)
-    forest.set_title("with minus without, mean Dice", loc="left", fontsize=9)
-    save(fig, path)
+    axes[0, 0].set_ylabel("mean Dice of ET, TC, WT")
+    axes[0, 0].legend(loc="lower left")
+    figure.save(fig, path)
 
 
-def confidence_against_dice(maps, path):
-    fig, axes = plt.subplots(1, 3, figsize=(9, 3.1), sharey=True, layout="constrained")
+def plot_differences(scores, path):
+    """Forest plots: with minus without in every setting and condition; the secondary arms minus the default term."""
+    (cohort, cases), arms = secondary_rows(scores)
+    left = [(", ".join(dict.fromkeys(names)), "with", without_and_with(scores, DICE, **wanted)) for names, wanted in primary_rows(scores)]
+    right = [(f"{arm}, {name}", "without" if name == "perturbed" else "with",
+              paired(*(of(arms[one], condition=conditions) for one in ("with", arm)), DICE))
+             for arm in arms if arm != "with" for name, conditions in (("as trained", CONDITIONS[:1]), ("perturbed", PERTURBED))]
+    fig, axes = plt.subplots(1, 2, figsize=(9.6, 0.6 + 0.21 * max(len(left), len(right))), layout="constrained")
+    titles = "With the term minus without", f"Minus the default term: {cohort}, {cases} cases"
+    for ax, lines, title in zip(axes, (left, right), titles):
+        for y, (_, style, pair) in enumerate(lines):
+            error_bar(ax, -y, pair[1] - pair[0], across=True, **ARMS[style])
+        ax.set_yticks(-np.arange(len(lines)), [name for name, *_ in lines])
+        ax.set_title(title, loc="left", fontsize=9.5, color="#222222")
+        ax.set_xlabel("difference in mean Dice")
+        ax.locator_params(axis="x", nbins=6)
+        ax.axvline(0, color="#999999", lw=0.8, zorder=0)
+        ax.grid(axis="x", color="#e6e6e6", lw=0.6)
+    figure.save(fig, path)
+
+
+def plot_confidence(maps, path):
+    """Each map of each case: its confidence against its true Dice."""
+    fig, axes = plt.subplots(1, 3, figsize=(9.2, 3.1), sharey=True, layout="constrained")
     for ax, region in zip(axes, REGIONS):
-        rows = [row for row in tables.of(maps, region=region, flip="0") if int(row["voxels"])]
-        colour, marker = LINES[region]
-        ax.plot([float(row["confidence"]) for row in rows], [float(row["dice"]) for row in rows], marker, ms=2.5, color=colour, alpha=0.6, mew=0)
-        ax.set_title(f"{region}: {len(rows)} maps", loc="left", fontsize=9)
-        ax.set_xlabel("confidence, section 3.2")
+        here = of(maps, region=region, flip="0")
+        ranked, (colour, marker) = rank_maps(here), figure.LINES[region]
+        x, y = np.array([(float(row["confidence"]), float(row["dice"])) for row in here if row["voxels"] != "0"]).T
+        ax.scatter(x, y, s=11, marker=marker, facecolor="none", edgecolor=colour, lw=0.7, alpha=0.7)
+        ax.set_title(f"{region}: rho within a case {mean_rho(ranked, ranked, 2)}", loc="left", fontsize=9, color="#222222")
+        ax.set_xlabel("confidence of a map")
+        ax.set_ylim(-0.02, 1.02)
         ax.grid(color="#e6e6e6", lw=0.6)
-    axes[0].set_ylabel("true Dice")
-    save(fig, path)
+    axes[0].set_ylabel("its true Dice")
+    figure.save(fig, path)
 
 
-# ---- what needs the networks ------------------------------------------------------------------------------------------
+# ---- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def painted(study, run, size, case):
-    """What a run's network predicts for a case, (3, D, H, W) bool."""
-    model = SegResNet(filters=size.filters)
-    model.load_state_dict(torch.load(study / "models" / f"{run.name}.pt", weights_only=True)["model"])
-    image = normalize(load_case(case)[0])
-    return labels_to_regions(regions_to_labels(predict(model.eval(), image, choose_window(image, size.crop)) > 0.5))
+def predictor(study, run, size):
+    """The network of a run -> a function from an image as stored to regions (3, D, H, W) bool, painted as they are scored."""
+    network = SegResNet(filters=size.filters).eval()
+    network.load_state_dict(torch.load(study / "models" / f"{run.name}.pt", map_location="cpu", weights_only=True)["model"])
+    precision = choose_precision("auto", torch.device("cpu"))
+
+    def regions_of(image):
+        image = normalize(image)
+        with torch.autocast("cpu", dtype=precision, enabled=precision is not None):
+            return labels_to_regions(regions_to_labels(predict(network, image, choose_window(image, size.crop)) > 0.5))
+
+    return regions_of
 
 
-def healthy_side(image, truth):
-    """(D, H, W) bool: the half of the volume, left or right of the brain's middle, that holds less of the tumour."""
-    (first, last), *_ = brain_box(image)
-    left = torch.arange(image.shape[1]) >= (first + last) / 2
-    if truth[2][left].sum() > truth[2][~left].sum():
-        left = ~left
-    return left[:, None, None].expand(image.shape[1:])
+def healthy_half(case, image):
+    """(D, 1, 1) bool: the half of the brain that the tumour is not in; None where that half has nothing bright in FLAIR."""
+    side, _, bright = phantom.traits(np.random.default_rng((0, int(case.name[-5:]))))
+    low, high = brain_box(image)[0]
+    from_middle = torch.arange(image.shape[1]) - (low + high - 1) / 2    # grows to the left, which is side +1
+    return (from_middle * side < 0)[:, None, None] if bright else None
 
 
-def count_other_side(study, size, test_cases, cohort):
-    """Rows of other_side.csv: voxels called whole tumour on the healthy side that are none, by arm, seed and held-out case."""
-    rows = []
-    for cases in (size.few, size.many):
-        for seed in range(size.seeds):
-            for arm in ARMS:
-                run = ablation.Run(cohort, cases, arm, seed)
-                for case in test_cases if (study / "models" / f"{run.name}.pt").exists() else ():
-                    image, truth, _ = load_case(case)
-                    false = painted(study, run, size, case)[2] & ~truth[2] & healthy_side(image, truth)
-                    rows.append({"cohort": cohort, "cases": cases, "arm": arm, "seed": seed, "case": case.name, "voxels": int(false.sum())})
-    return rows
+def draw_case(study, run, size, cases, path):
+    """The case of median Dice, truth and prediction in three planes."""
+    regions_of = predictor(study, run, size)
+    with tempfile.TemporaryDirectory() as folder:
+        for case in cases:
+            save_volume(Path(folder) / f"{case.name}.nii.gz", regions_to_labels(regions_of(load_case(case)[0])), case.images[0])
+        figure.draw(*figure.choose(cases, Path(folder), None), Path(folder), [], path)
 
 
-def three_rows(image, rows, words, title, path, background=1):
-    """Axial, sagittal and coronal slices, a row a segmentation, in the paper's colours. background: the channel, 1 T1c, 3 FLAIR."""
-    picture = image[background].numpy()
-    _, side = figure.window(picture)
-    height, left, base = 2.0, 0.15, 0.5
-    bottoms = [base + (len(rows) - 1 - i) * (height + 0.3) for i in range(len(rows))]
-    fig = plt.figure(figsize=(left + height * (2 * side[0] + side[1]) / max(side[1:]) + 2 * figure.GAP + 0.15, bottoms[0] + height + 0.6))
-    total = fig.get_size_inches()
-    figure.draw_slices(fig, picture, [row.numpy() for row in rows], left, bottoms, height)
-    for word, bottom in zip(words, bottoms):
-        fig.text(left / total[0], (bottom + height + 0.07) / total[1], word, fontsize=9)
-    fig.text(left / total[0], 1 - 0.12 / total[1], title, fontsize=9.5, weight="bold", va="top")
-    patches = [Patch(color=(*figure.OVERLAY[region], 0.85), label=region) for region in REGIONS]
-    fig.legend(handles=patches, loc="lower left", bbox_to_anchor=(left / total[0], 0.08 / total[1]), ncols=3, borderaxespad=0)
-    save(fig, path)
+def look_at_other_side(study, runs, size, cases):
+    """-> rows of other_side.csv, {(run, case's name): the false whole tumour in the healthy half, (D, H, W) bool}"""
+    bright = []
+    for case in cases:
+        image, target, _ = load_case(case)
+        half = healthy_half(case, image)
+        if half is not None:
+            bright.append((case, image, half & ~target[2].bool()))
+    rows, spills = [], {}
+    for run in runs:
+        regions_of = predictor(study, run, size)
+        for case, image, where in bright:
+            spill = regions_of(image)[2] & where
+            rows.append({"cases": run.cases, "arm": run.arm, "seed": run.seed, "case": case.name, "voxels": int(spill.sum())})
+            spills[run, case.name] = spill
+    return rows, spills
 
 
-def scored(prediction, truth):
-    return ", ".join(f"{region} {dice(p, t):.3f}" for region, p, t in zip(REGIONS, prediction, truth))
-
-
-def from_networks(study, size, results):
-    cohort = "hard"
-    folder = study / "cohorts" / cohort
-    test_cases = ablation.divide(folder, ablation.Run(cohort, size.many, "with", 0), size)[2]
-    rows = count_other_side(study, size, test_cases, cohort)
-    write_csv(results / "other_side.csv", rows)
-    runs = {arm: ablation.Run(cohort, size.many, arm, 0) for arm in ARMS}
-
-    def draw(case, background, title, path):
-        image, truth, _ = load_case(case)
-        predictions = {NAMES[arm]: painted(study, run, size, case) for arm, run in runs.items()}
-        words = ["Truth", *(f"{name}: Dice {scored(p, truth)}" for name, p in predictions.items())]
-        three_rows(image, [truth, *predictions.values()], words, f"{case.name}, {title}", path, background)
-
-    def mean_dice(case):
-        truth = load_case(case)[1]
-        return np.mean([dice(p, t) for p, t in zip(painted(study, runs["with"], size, case), truth)])
-
-    by_dice = sorted(test_cases, key=mean_dice)
-    draw(by_dice[len(by_dice) // 2], 1, "the median held-out case, on T1c", results / "case.png")
-    wrong = {}
-    for row in rows:
-        if row["cases"] == size.many:
-            wrong[row["case"]] = wrong.get(row["case"], 0) + row["voxels"]
-    worst = max(find_cases(folder), key=lambda case: wrong.get(case.name, -1))
-    draw(worst, 3, "most tumour on the other side, on FLAIR", results / "other_side.png")
+def draw_other_side(study, size, cases, spills, path):
+    """Truth and both arms over FLAIR, in the case where most is predicted on the healthy side, mean over all runs, by its worst seed."""
+    voxels = {}
+    for (_, name), spill in spills.items():
+        voxels.setdefault(name, []).append(int(spill.sum()))
+    case = next(case for case in cases if case.name == max(voxels, key=lambda name: np.mean(voxels[name])))
+    worst = max((run for run, name in spills if name == case.name), key=lambda run: spills[run, case.name].sum())
+    runs = [worst._replace(arm=arm) for arm in ("without", "with")]
+    image, truth, _ = load_case(case)
+    rows = [truth.numpy().astype(bool)] + [predictor(study, run, size)(image).numpy() for run in runs]
+    titles = [f"{case.name} over FLAIR: truth; below, networks of {worst.cases} training cases, seed {worst.seed}"]
+    titles += [f"{run.arm.capitalize()} the term: {int(spills[run, case.name].sum())} voxels of WT on the other side" for run in runs]
+    height, gap = 2.0, 0.3    # of a row, and between rows; inches
+    flair = image[3].numpy()
+    extents = figure.window(flair)[1]
+    fig = plt.figure(figsize=(height * (2 * extents[0] + extents[1]) / max(extents[1:]) + 0.4, 3 * (height + gap) + 0.15))
+    bottoms = [0.1 + row * (height + gap) for row in (2, 1, 0)]
+    figure.draw_slices(fig, flair, rows, 0.15, bottoms, height, through=spills[worst, case.name].numpy())
+    for title, bottom in zip(titles, bottoms):
+        fig.text(0.15 / fig.get_figwidth(), (bottom + height + 0.07) / fig.get_figheight(), title, fontsize=9.5, color="#222222")
+    figure.save(fig, path)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the CSVs; gets the figures")
-    parser.add_argument("--study", type=Path, help="ablation.py's OUT, with its networks and cohorts")
+    parser.add_argument("folder", type=Path, nargs="?", default=HERE / "results", help="of the CSVs; the figures go there too")
+    parser.add_argument("--study", type=Path, help="OUT of ablation.py on its synthetic cohorts, with its models and cohorts")
+    parser.add_argument("--quick", action="store_true", help="it was made with --quick")
     args = parser.parse_args()
+    scores, maps = of(read(args.folder, "scores"), fold="-1"), read(args.folder, "maps")
+    plot_dice(scores, args.folder / "dice.png")
+    plot_differences(scores, args.folder / "differences.png")
+    plot_confidence(maps, args.folder / "confidence.png")
     if args.study:
-        from_networks(args.study, ablation.PHANTOM, args.results)
-    dice_by_arm(tables.read(args.results, "scores"), args.results / "dice.png")
-    confidence_against_dice(tables.read(args.results, "maps"), args.results / "confidence.png")
+        size = QUICK if args.quick else PHANTOM
+        phantom.P_LOOKALIKE = COHORTS["hard"]["P_LOOKALIKE"]
+        tested = {row["case"] for row in scores}
+        cases = [case for case in find_cases(args.study / "cohorts" / "hard") if case.name in tested]
+        runs = [Run(*run) for run in dict.fromkeys((row["cohort"], int(row["cases"]), row["arm"], int(row["seed"]))
+                                                   for row in of(scores, cohort="hard", arm=("without", "with")))]
+        rows, spills = look_at_other_side(args.study, runs, size, cases)
+        write_csv(args.folder / "other_side.csv", rows)
+        draw_other_side(args.study, size, cases, spills, args.folder / "other_side.png")
+        draw_case(args.study, Run("hard", size.many, "with", 0), size, cases, args.folder / "case.png")
 
 
 if __name__ == "__main__":

@@ -90,15 +90,19 @@ def window(t1c):
     return [(i[0] + i[-1]) / 2 for i in inside], [1.06 * i.size + 1 for i in inside]
 
 
-def draw_slices(fig, t1c, rows, left, bottoms, height):
-    """Three slices a row. t1c: (D, H, W); rows: truth and prediction, each (3, D, H, W) bool; left, bottoms, height: inches."""
+def draw_slices(fig, t1c, rows, left, bottoms, height, through=None):
+    """Three slices a row, through the largest extent of the tumour, or of `through`, (D, H, W) bool.
+
+    t1c: (D, H, W); rows: truth and predictions, each (3, D, H, W) bool; left, bottoms, height: inches.
+    """
     centre, size = window(t1c)
     tallest = max(size[1:])
     low, high = np.percentile(t1c[t1c != 0], (0.5, 99))
-    tumour = rows[0][2] if rows[0].any() else rows[1][2]
+    if through is None:
+        through = rows[0][2] if rows[0].any() else rows[1][2]
     for plane, axis in PLANES.items():
         across, down = (other for other in range(3) if other != axis)
-        extent = tumour.sum(axis=(across, down))
+        extent = through.sum(axis=(across, down))
         index = int(extent.argmax()) if extent.any() else int(centre[axis])
         width = height * size[across] / tallest
         for regions, bottom in zip(rows, bottoms):
@@ -185,6 +189,10 @@ def draw(case, scores, why, folder, logs, out):
                borderaxespad=0, handlelength=1.1, handleheight=1.1, columnspacing=1.8)
     if logs:
         draw_curves(fig, logs, left + slices + 0.75, bottoms, 3.1, height)
+    save(fig, out)
+
+
+def save(fig, out):
     if out.suffix == ".png":  # a palette of 256 colours: a third of the size
         fig.savefig(buffer := io.BytesIO(), format="png", dpi=150)
         Image.open(buffer).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(out, optimize=True, dpi=(150, 150))
