@@ -390,10 +390,11 @@ def random_affine(images, targets, generator):
     ry = torch.stack([cy, zero, sy, zero, one, zero, -sy, zero, cy], -1).view(-1, 3, 3)
     rz = torch.stack([cz, -sz, zero, sz, cz, zero, zero, zero, one], -1).view(-1, 3, 3)
     matrix = rx @ ry @ rz / (1 + 0.1 * u[:, 3]).view(-1, 1, 1)    # (B, 3, 3), output voxel -> input voxel, axes W, H, D
-    # affine_grid counts in half sides of the volume: a voxel step along axis j is 2/n_j there.
+    # grid_sample counts in half sides from the centre: a voxel along an axis of n is 2/n there.
     n = torch.tensor(images.shape[:1:-1], device=matrix.device)    # W, H, D
-    theta = F.pad(matrix * n / n.view(3, 1), (0, 1))    # (B, 3, 4), no translation
-    grid = F.affine_grid(theta, images.shape, align_corners=False)    # (B, D, H, W, 3)
+    columns = (matrix * 2 / n.view(3, 1)).mT[:, :, None]    # (B, 3, 1, 3): what a voxel's step along W, H, D adds to W, H, D
+    w, h, d = ((torch.arange(side, device=matrix.device) - (side - 1) / 2).view(1, -1, 1) for side in images.shape[:1:-1])    # from the centre
+    grid = ((d * columns[:, 2])[:, :, None, None] + (h * columns[:, 1])[:, None, :, None]) + (w * columns[:, 0])[:, None, None]    # (B, D, H, W, 3)
     images = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     moved = F.grid_sample(targets.to(images.dtype), grid, mode="nearest", padding_mode="zeros", align_corners=False)
     return images, moved.to(targets.dtype)
@@ -423,13 +424,13 @@ def random_intensity(images, generator):
 
 def gaussian_blur(volume, sd):
     """(D, H, W) smoothed by a Gaussian of `sd` voxels (cut off at 4 voxels), one axis after the other, with zeros from outside."""
-    x = torch.arange(-4, 5, device=volume.device)
-    kernel = torch.exp(-(x**2) / (2 * sd**2))
-    kernel = kernel / kernel.sum()
-    volume = volume[None, None]    # (1, 1, D, H, W)
-    for shape in ((9, 1, 1), (1, 9, 1), (1, 1, 9)):
-        volume = F.conv3d(volume, kernel.view(1, 1, *shape), padding=tuple(n // 2 for n in shape))
-    return volume[0, 0]
+    total = torch.exp(-(torch.arange(-4, 5) ** 2) / (2 * sd**2)).sum()
+    for side in volume.shape:
+        x = torch.arange(side, device=volume.device)
+        distance = (x[:, None] - x).abs()
+        weights = torch.where(distance <= 4, torch.exp(-(distance**2) / (2 * sd**2)), 0) / total    # (side, side)
+        volume = torch.tensordot(volume, weights, ([0], [0]))    # takes the first axis and puts it last: after three they are in order
+    return volume
 
 
 # ---- the cache of prepared cases --------------------------------------------------------------------------------------
