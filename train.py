@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from barlow import Projector, barlow_twins_terms, soft_dice_loss
 from data import (REGIONS, InputError, augment, case_generator, check_cache, cut, describe, exit_with, find_cases, join_ranks, labels_to_regions,
                   load_case, make_folder, normalize, prepare, random_axes, random_corner, regions_to_labels, show_progress, split_folds, whole_file)
-from infer import choose_precision, choose_window, dice, predict, read_checkpoint, write_csv
+from infer import choose_precision, choose_window, dice, move_to, predict, read_checkpoint, write_csv
 from segresnet import NORMS, SegResNet
 
 
@@ -252,11 +252,7 @@ def train(args, rank, world, device):
     torch.manual_seed(args.seed)
     network = SegResNet(filters=args.filters, norm=args.norm)
     projector = Projector(args.filters, args.dim, args.pool) if args.barlow_weight else None
-    views, scores = TwoViews(network, projector).to(device), None
-    if device.type == "cpu":    # the faster layout there, most so with few filters (1x1x1 has but one layout, whose strides confuse DDP)
-        for module in views.modules():
-            if isinstance(module, nn.Conv3d) and module.kernel_size != (1, 1, 1):
-                module.to(memory_format=torch.channels_last_3d)
+    views, scores = TwoViews(move_to(device, network), projector).to(device), None
     # section 3.3: "AdamW optimizer with initial learning rate of 1e-4", "1e-5 weight decay and no dropout"
     optimizer = torch.optim.AdamW(views.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     precision = choose_precision(args.amp, device)

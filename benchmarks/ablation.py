@@ -36,7 +36,7 @@ from barlow import Projector, barlow_twins_loss, cross_correlation, soft_dice_lo
 from data import (REGIONS, augment, case_generator, find_cases, labels_to_regions, load_case, normalize, random_crop,  # noqa: E402
                   regions_to_labels, show_progress, split_folds)
 from ensemble import METHODS, confidence  # noqa: E402
-from infer import COLUMNS, choose_window, dice, predict, score, write_csv  # noqa: E402
+from infer import COLUMNS, choose_window, dice, move_to, predict, score, write_csv  # noqa: E402
 from segresnet import SegResNet  # noqa: E402
 from train import Crops, choose_precision, epoch_order, save_checkpoint  # noqa: E402
 
@@ -198,16 +198,12 @@ def redundancy_reduction(z_a, z_b, arm):
 def train(run, arm, size, cases, device):
     """The loop of train.py in short. -> network, projector or None, autocast"""
     torch.manual_seed(run.seed)
-    network = SegResNet(filters=size.filters).to(device)
+    network = move_to(device, SegResNet(filters=size.filters))
     projector = None
     if arm.weight:
         projector = Projector(size.filters, arm.dim or size.dim, arm.pool or size.pool).to(device)
         if not arm.mlp:
             projector.mlp = nn.Identity()
-    if device.type == "cpu":
-        for module in network.modules():
-            if isinstance(module, nn.Conv3d) and module.kernel_size != (1, 1, 1):
-                module.to(memory_format=torch.channels_last_3d)
     parameters = [*network.parameters(), *(projector.parameters() if projector else [])]
     optimizer = torch.optim.AdamW(parameters, lr=size.lr, weight_decay=1e-5)
     precision = choose_precision("auto", device)
@@ -217,12 +213,13 @@ def train(run, arm, size, cases, device):
     epochs = math.ceil(size.steps / len(cases))
     schedule = [(epoch, case) for epoch in range(epochs) for case in epoch_order(cases, run.seed, epoch, 1)][: size.steps]
     workers = min(8, os.cpu_count()) if device.type == "cuda" else 0
-    for step, (image, target, views_seed, _) in enumerate(DataLoader(Crops(schedule, size.crop, run.seed), batch_size=None, num_workers=workers)):
+    for step, (image, labels, views_seed, _) in enumerate(DataLoader(Crops(schedule, size.crop, run.seed), batch_size=None, num_workers=workers)):
         for group in optimizer.param_groups:
             group["lr"] = size.lr * 0.5 * (1 + math.cos(math.pi * step / size.steps))
         x = image.to(device).expand(arm.views, -1, -1, -1, -1)
-        p_true = target.to(device).expand(arm.views, -1, -1, -1, -1)
-        x, p_true = augment(x, p_true, torch.Generator(device).manual_seed(views_seed))
+        labels = labels.to(device).expand(arm.views, -1, -1, -1, -1)
+        x, labels = augment(x, labels, torch.Generator(device).manual_seed(views_seed))
+        p_true = labels_to_regions(labels[:, 0], cases[0].et_label)
         with autocast:
             features = network.features(x)
             logits = network.decoder_end(features)

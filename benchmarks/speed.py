@@ -37,7 +37,7 @@ import phantom  # noqa: E402
 import segresnet  # noqa: E402
 from barlow import barlow_twins_loss, soft_dice_loss  # noqa: E402
 from data import augment, find_cases, labels_to_regions, load_case, normalize, prepare  # noqa: E402
-from infer import choose_precision, choose_window, hausdorff95, predict, write_csv  # noqa: E402
+from infer import choose_precision, choose_window, hausdorff95, move_to, predict, write_csv  # noqa: E402
 from segresnet import SegResNet, to_monai  # noqa: E402
 from train import Crops, Projector, TwoViews  # noqa: E402
 
@@ -147,18 +147,14 @@ def augment_row(case, crop, times):
     yield f"both augmented views, {size}", "MONAI RandAffined, scale, shift, noise", mine, rival, 3, None
 
 
-def two_networks(filters, device, same_layout):
+def two_networks(filters, device):
     """Ours, laid out as train.py does, and MONAI's, with the same weights."""
     torch.manual_seed(0)
     ours, theirs = SegResNet(filters=filters), MonaiSegResNet(init_filters=filters, in_channels=4, out_channels=3, norm="INSTANCE")
     theirs.load_state_dict(to_monai(ours.state_dict()))
     x = torch.randn(1, 4, 32, 32, 32)
     torch.testing.assert_close(ours(x), theirs(x), atol=1e-3, rtol=1e-3)
-    if device.type == "cpu" and same_layout:
-        for module in ours.modules():
-            if isinstance(module, torch.nn.Conv3d) and module.kernel_size != (1, 1, 1):
-                module.to(memory_format=torch.channels_last_3d)
-    return ours.to(device), theirs.to(device)
+    return move_to(device, ours), theirs.to(device)
 
 
 def our_step(network, dim, pool, x, target, precision, compiled=False):
@@ -207,9 +203,10 @@ def step_rows(filters, crop, times):
     precision = choose_precision("auto", device)
     x, target = torch.randn(2, 4, *crop), torch.rand(2, 3, *crop) < 0.2
     size = f"{filters} filters, {'x'.join(map(str, crop))}"
-    for rival, projected, wanted in (("MONAI's network and DiceLoss, float32", False, {16: 2.5, 32: 3}.get(filters)), ("the same, with both terms", True, 1.05)):
-        ours, theirs = two_networks(filters, device, True)
-        steps = our_step(ours, 32, 8, x, target, precision), monai_step(theirs, x, target, projector=Projector(filters, 32, 8) if projected else None)
+    for rival, projected, wanted in (("MONAI's network and DiceLoss, float32", False, {16: 2.5, 32: 3}.get(filters)), ("the same in our precision, with both terms", True, 1.05)):
+        ours, theirs = two_networks(filters, device)
+        rival_step = monai_step(theirs, x, target, precision, Projector(filters, 32, 8)) if projected else monai_step(theirs, x, target)
+        steps = our_step(ours, 32, 8, x, target, precision), rival_step
         with FlopCounterMode(display=False) as flops:
             steps[0]()
         work = (flops.get_total_flops() / 1e9, "float32 matrix product" if precision is None else "bfloat16 matrix product")
@@ -219,7 +216,7 @@ def step_rows(filters, crop, times):
 def memory_row(filters, crop):
     from test_segresnet import kept_for_backward
 
-    ours, theirs = two_networks(filters, torch.device("cpu"), False)
+    ours, theirs = two_networks(filters, torch.device("cpu"))
     x = torch.randn(2, 4, *crop)
     segresnet.RECOMPUTE_ON_CPU = True
     mine, rival = kept_for_backward(ours, x)[1], kept_for_backward(theirs, x)[1]
@@ -229,7 +226,7 @@ def memory_row(filters, crop):
 
 def prediction_rows(case, filters, times):
     image = normalize(load_case(case)[0])
-    ours, theirs = (network.eval() for network in two_networks(filters, torch.device("cpu"), True))
+    ours, theirs = (network.eval() for network in two_networks(filters, torch.device("cpu")))
 
     def mine():
         return predict(ours, image, choose_window(image, CROP))
@@ -267,7 +264,7 @@ def gpu_rows(times):
     torch.backends.cudnn.benchmark = True
     x, target = torch.randn(2, 4, *CROP, device=device), torch.rand(2, 3, *CROP, device=device) < 0.2
     for name, precision, compiled in (("eager bfloat16", torch.bfloat16, False), ("compiled bfloat16", torch.bfloat16, True)):
-        ours, theirs = two_networks(32, device, False)
+        ours, theirs = two_networks(32, device)
         step = our_step(ours, 128, 16, x, target, precision, compiled)
         step()
         torch.cuda.reset_peak_memory_stats()
