@@ -437,7 +437,7 @@ def gaussian_blur(volume, sd):
 
 
 class Prepared(NamedTuple):
-    """A case up to its crop. Uncached the whole volume in float32; cached the brain's box in float16, mapped from the disk."""
+    """A case up to its crop: the brain's box, in float32, or out of the cache in float16, mapped from the disk."""
 
     image: torch.Tensor     # (4, d, h, w), normalised
     labels: torch.Tensor    # (1, d, h, w) uint8
@@ -461,15 +461,14 @@ def prepare(case, cache=None):
         except (OSError, ValueError, TypeError, IndexError, EOFError):    # none yet, or something else
             pass
     image, labels, _ = load_volumes(case)
-    box, shape = brain_box(image), image.shape[1:]
-    image = normalize(image)
-    if cache is None:
-        return Prepared(image, labels[None], (0, 0, 0), shape)
+    box = brain_box((image.any(0) | (labels > 0))[None])    # of the labels too, which might reach beyond the brain
     inside = tuple(slice(lo, hi) for lo, hi in box)
-    size = [hi - lo for lo, hi in box]
-    entry = np.zeros(1, [("stamp", "i8", (5, 2)), ("corner", "i4", 3), ("shape", "i4", 3), ("image", "f2", (4, *size)), ("labels", "u1", (1, *size))])
-    entry["stamp"], entry["corner"], entry["shape"] = stamp, [lo for lo, _ in box], shape
-    entry["image"], entry["labels"] = image[(slice(None), *inside)].numpy(), labels[inside].numpy()
+    corner, shape = tuple(lo for lo, _ in box), tuple(image.shape[1:])
+    image, labels = normalize(image[(slice(None), *inside)]), labels[inside][None]    # over the same voxels as the whole volume
+    if cache is None:
+        return Prepared(image, labels, corner, shape)
+    entry = np.zeros(1, [("stamp", "i8", (5, 2)), ("corner", "i4", 3), ("shape", "i4", 3), ("image", "f2", image.shape), ("labels", "u1", labels.shape)])
+    entry["stamp"], entry["corner"], entry["shape"], entry["image"], entry["labels"] = stamp, corner, shape, image.numpy(), labels.numpy()
     try:
         with whole_file(path) as beside, open(beside, "wb") as file:
             np.save(file, entry)

@@ -121,7 +121,7 @@ def hausdorff95(prediction, truth, spacing=(1.0, 1.0, 1.0)):
     prediction, truth = np.asarray(prediction), np.asarray(truth)
     if not prediction.any() or not truth.any():
         return 0.0 if prediction.any() == truth.any() else HD95_ONE_EMPTY
-    box = ndimage.find_objects((prediction | truth).astype(np.uint8))[0]    # both surfaces lie in it, so distances stay exact
+    box = tuple(slice(lo, hi) for lo, hi in brain_box(torch.from_numpy(prediction | truth)[None]))    # both surfaces lie in it
     surfaces = [mask & ~ndimage.binary_erosion(mask) for mask in (prediction[box], truth[box])]
     directed = []
     for here, there in (surfaces, surfaces[::-1]):

@@ -112,7 +112,6 @@ def sample_rows(case, times, scratch):
     torch.set_num_threads(1)
     cache = scratch / "cache"
     cache.mkdir()
-    filling = seconds(lambda: prepare(case, cache))
     crops = Crops([(epoch, case) for epoch in range(1000)], CROP, 0, cache)
     fixed, drawn, files = tutorial(case)
     index = iter(range(1000))
@@ -123,8 +122,13 @@ def sample_rows(case, times, scratch):
     ours, rival = race(lambda: crops[next(index)], lambda: persistent[0], times)
     yield "the same", "MONAI PersistentDataset", ours, rival, 4, (nbytes / 1e9, "memory copy")
     uncached = Crops(crops.schedule, CROP, 0)
-    torch.set_num_threads(1)
-    yield "a sample that fills the cache", "ours, uncached", [filling], [seconds(lambda: uncached[0])], None, None
+
+    def fill():
+        for entry in cache.iterdir():
+            entry.unlink()
+        return crops[0]
+
+    yield "a sample that fills the cache", "the same, uncached", *race(fill, lambda: uncached[0], times), None, None
     torch.set_num_threads(os.cpu_count())
 
 
@@ -228,8 +232,11 @@ def prediction_rows(case, filters, times):
     image = normalize(load_case(case)[0])
     ours, theirs = (network.eval() for network in two_networks(filters, torch.device("cpu")))
 
+    precision = choose_precision("auto", torch.device("cpu"))
+
     def mine():
-        return predict(ours, image, choose_window(image, CROP))
+        with torch.autocast("cpu", dtype=precision, enabled=precision is not None):    # as infer.py does
+            return predict(ours, image, choose_window(image, CROP))
 
     def whole():
         padded = torch.nn.functional.pad(image, (0, -image.shape[3] % 16, 0, -image.shape[2] % 16, 0, -image.shape[1] % 16))
@@ -237,10 +244,10 @@ def prediction_rows(case, filters, times):
 
     with torch.inference_mode(), FlopCounterMode(display=False) as flops:
         mine()
-    work = (flops.get_total_flops() / 1e9, "float32 matrix product")
+    work = (flops.get_total_flops() / 1e9, "bfloat16 matrix product" if precision else "float32 matrix product")
     with torch.inference_mode():
         sliding = race(mine, lambda: torch.sigmoid(sliding_window_inference(image[None], CROP, 1, theirs, overlap=0.5, mode="gaussian")), times)
-        yield f"a case to probabilities, {filters} filters", "sliding_window_inference, overlap 0.5", *sliding, 7, work
+        yield f"a case to probabilities, {filters} filters, {str(precision or torch.float32)[6:]}", "sliding_window_inference, overlap 0.5", *sliding, 7, work
         yield "the same", "one window of 240x240x160", *race(mine, whole, times), 2, work
 
 

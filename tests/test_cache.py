@@ -4,11 +4,12 @@ import os
 import pickle
 import shutil
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 
-from data import InputError, check_cache, find_cases, load_case, normalize, prepare, random_crop, random_flip, case_generator, labels_to_regions
+from data import InputError, check_cache, find_cases, load_case, load_volumes, normalize, prepare, random_crop, random_flip, case_generator, labels_to_regions
 from infer import brain_box
 from test_interrupted import SMALL
 from test_trust import Payload, limited
@@ -46,6 +47,15 @@ def test_samples_are_the_uncached_ones_rounded_to_float16_when_the_cache_fills_a
         expected, expected_target = random_flip(*crop, generator)
         assert torch.equal(whole, expected) and torch.equal(labels_to_regions(whole_labels[0]), expected_target)
     assert all(torch.equal(one, other) for one, other in zip(filling[:2], cached[0][:2]))
+
+
+def test_labels_beyond_the_brain_are_kept(case, tmp_path):
+    file = nib.load(case.label)
+    labels = np.asarray(file.dataobj).copy()
+    labels[0, 0, 0] = 2
+    nib.save(nib.Nifti1Image(labels, file.affine, file.header), case.label)
+    (labels, whole), (cached, _) = Crops([(0, case)], (32, 32, 32), 0)[0][1::-1], Crops([(0, case)], (32, 32, 32), 0, tmp_path)[0][1::-1]
+    assert torch.equal(labels, cached) and labels.sum() == load_volumes(case)[1].sum()
 
 
 def test_an_entry_holds_the_brain_and_no_more(case, tmp_path):

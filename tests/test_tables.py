@@ -213,3 +213,12 @@ def test_the_healthy_half_is_the_one_without_the_tumour(cohort, monkeypatch):
         assert (half & tumour).sum() < 0.05 * tumour.sum()
     monkeypatch.setattr(figures.phantom, "P_LOOKALIKE", 0.0)
     assert figures.healthy_half(case, image) is None
+
+
+def test_the_readmes_figures_of_the_ablation_are_in_its_tables():
+    text = (REPO / "README.md").read_text()
+    block = text[text.index("**The ablation that the paper lacks**"):text.index("**The quick start**")]
+    figures = re.findall(r"[+-]0\.\d+ \[[^\]]+\]", block) + re.findall(r"[+]0\.\d\d(?= \()", block)
+    told = "\n".join(tables.all_tables(RESULTS.parent / "results").values())
+    assert len(figures) > 6 and not [figure for figure in figures if figure not in told.replace(" (95 % interval ", " [")
+                                     .replace(" to +", ", +").replace(" to -", ", -").replace(";", "]")]
