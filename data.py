@@ -419,7 +419,7 @@ def random_intensity(images, generator):
                 channel.add_(-0.1 + 0.2 * u[5])
             if u[6] < 0.2:
                 channel.add_(torch.randn(channel.shape, generator=generator, device=channel.device), alpha=0.1 * u[7])
-    return images * brain
+    return images.mul_(brain)
 
 
 def gaussian_blur(volume, sd):
