@@ -307,7 +307,7 @@ def normalize(image):
         brain = channel != 0
         voxels = channel[brain]
         if len(voxels):
-            channel[brain] = (voxels - voxels.mean()) / voxels.std(correction=0).clamp_min(1e-8)
+            channel.sub_(voxels.mean()).mul_(brain).div_(voxels.std(correction=0).clamp_min(1e-8))
     return image
 
 
