@@ -9,6 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing
 
 import data
 from data import InputError, case_generator, check_cache, find_cases, labels_to_regions, load_case, load_volumes, normalize, prepare, random_crop, random_flip
@@ -30,9 +31,20 @@ def entry_of(cache):
     return path
 
 
-# smaller than the brain, within it along one axis, and larger than the volume (32x32x32, the brain about 19x24x29)
+def change_voxel(path, voxel, value):
+    file = nib.load(path)
+    volume = np.asarray(file.dataobj).copy()
+    volume[voxel] = value
+    nib.save(nib.Nifti1Image(volume, file.affine, file.header), path)
+
+
+# smaller than the brain, larger along some axes, and larger than the volume (32x32x32, the brain about 19x24x29, or up to two corners)
+@pytest.mark.parametrize("to_the_border", [False, True])
 @pytest.mark.parametrize("size", [(16, 16, 16), (24, 32, 16), (40, 32, 48)])
-def test_samples_are_the_same_without_a_cache_while_it_fills_and_when_it_is_warm(case, tmp_path, size):
+def test_samples_are_the_same_without_a_cache_while_it_fills_and_when_it_is_warm(case, tmp_path, size, to_the_border):
+    if to_the_border:
+        change_voxel(case.images[1], (0, 0, 31), 500)
+        change_voxel(case.images[3], (31, 31, 0), 500)
     schedule = [(epoch, case) for epoch in range(6)]
     uncached, cached = Crops(schedule, size, 3), Crops(schedule, size, 3, tmp_path)
     filling = cached[0]
@@ -52,10 +64,7 @@ def test_samples_are_the_same_without_a_cache_while_it_fills_and_when_it_is_warm
 
 
 def test_labels_beyond_the_brain_are_kept(case, tmp_path):
-    file = nib.load(case.label)
-    labels = np.asarray(file.dataobj).copy()
-    labels[0, 0, 0] = 2
-    nib.save(nib.Nifti1Image(labels, file.affine, file.header), case.label)
+    change_voxel(case.label, (0, 0, 0), 2)
     (labels, whole), (cached, _) = Crops([(0, case)], (32, 32, 32), 0)[0][1::-1], Crops([(0, case)], (32, 32, 32), 0, tmp_path)[0][1::-1]
     assert torch.equal(labels, cached) and labels.sum() == load_volumes(case)[1].sum()
 
@@ -139,6 +148,34 @@ def set_free(monkeypatch, free):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("usage", (), {"free": free}))
 
 
+def fill(rank, folder, together):
+    case = find_cases(folder / "data")[0]
+    for _ in range(20):
+        together.wait()
+        prepared = prepare(case, folder / "cache")
+        assert prepared.image.isfinite().all()
+        together.wait()
+        if rank == 0:
+            entry_of(folder / "cache").unlink()
+
+
+def test_processes_may_fill_the_same_entry_at_once(case, tmp_path):
+    (tmp_path / "cache").mkdir()
+    context = torch.multiprocessing.get_context("spawn")
+    torch.multiprocessing.spawn(fill, (tmp_path, context.Barrier(2)), nprocs=2)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_two_that_write_one_file_do_not_meet_even_with_the_same_process_number(tmp_path):
+    path = tmp_path / "a.case"
+    with data.whole_file(path) as one:
+        one.write_text("one")
+        with data.whole_file(path) as other:
+            other.write_text("other")
+        assert path.read_text() == "other"
+    assert path.read_text() == "one" and list(tmp_path.iterdir()) == [path]
+
+
 def test_room_is_counted_for_the_missing_cases_and_too_little_is_said(cohort, tmp_path, monkeypatch):
     cases, cache = find_cases(cohort), tmp_path / "cache"
     cache.mkdir()
@@ -172,6 +209,7 @@ def test_a_run_is_the_same_while_the_cache_fills_and_when_it_is_warm_without_it_
     for out, cache in (("filling", tmp_path / "cache"), ("warm", tmp_path / "cache"), ("uncached", "none"), ("no folder", tmp_path / "in the way")):
         done = run("train.py", *arguments, "--out", tmp_path / out, "--cache", cache, ok=0)
         assert done.stdout.count("read from the cases' files") == (out == "no folder")
+        assert done.stdout.count("more are needed") == (out in ("filling", "warm"))
         ends[out] = torch.load(tmp_path / out / "last.pt", weights_only=True)["views"]
     for out in ("warm", "uncached", "no folder"):
         assert all(torch.equal(tensor, ends["filling"][name]) for name, tensor in ends[out].items()), out
