@@ -39,7 +39,7 @@ def parse_arguments():
     add("--fold", default="0", help="which fold is held out, or 'all': none is")
     add("--folds", type=int, default=5)
     add("--out", type=Path, help="folder of checkpoints and log; resumed if it holds last.pt (default: runs/fold<F> or runs/all)")
-    add("--cache", type=Path, help="folder of prepared cases in float16, 37 GB for BraTS 2021, or 'none' (default: cache beside OUT: runs/cache)")
+    add("--cache", type=Path, help="folder of prepared cases, 37 GB for BraTS 2021, or 'none'; samples are the same (default: cache beside OUT: runs/cache)")
     add("--epochs", type=int, default=300, help="an epoch is one crop of every training case")
     add("--lr", type=float, default=1e-4)
     add("--weight-decay", type=float, default=1e-5)
@@ -80,8 +80,8 @@ def check_arguments(args):
 
 
 class Crops(Dataset):
-    """Samples for a schedule of (epoch, case): a crop of the case, flipped; image (4, *crop) float32, or float16 out of the cache, labels
-    (1, *crop) uint8, a seed for its two views, its name.
+    """Samples for a schedule of (epoch, case): a crop of the case, flipped; image (4, *crop) float16, labels (1, *crop) uint8, a seed for its
+    two views, its name. The same with a cache, without one, and while it fills.
 
     A case that cannot be read gives its InputError instead: raised in a worker process it would arrive as a traceback.
     """
@@ -247,7 +247,6 @@ def train(args, rank, world, device):
         raise InputError(f"--folds {args.folds}: leaves no case to train on, expected at least 2, or --fold all")
     make_folder(args.out)
     room, told = (False, "") if args.cache is None else check_cache(args.cache, train_cases)
-    cache = None if agree(None, not room, world, device) else args.cache    # all ranks or none
 
     torch.manual_seed(args.seed)
     network = SegResNet(filters=args.filters, norm=args.norm)
@@ -305,7 +304,7 @@ def train(args, rank, world, device):
     # One loader for all epochs, so that its workers read on while an epoch ends.
     schedule = [(epoch, case) for epoch in range(first, args.epochs)
                 for case in epoch_order(train_cases, args.seed, epoch, world)[rank::world]][done:]
-    samples = iter(DataLoader(Crops(schedule, args.crop, args.seed, cache), batch_size=None, num_workers=args.workers,
+    samples = iter(DataLoader(Crops(schedule, args.crop, args.seed, args.cache if room else None), batch_size=None, num_workers=args.workers,
                               pin_memory=device.type == "cuda", worker_init_fn=leave_terminal))
     signals, saved = [], time.monotonic()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -376,6 +375,10 @@ def train(args, rank, world, device):
         sums, seconds, done = torch.zeros_like(sums), 0.0, 0
         save(epoch + 1, 0, better)
         scores, saved = None, time.monotonic()
+        if rank == 0 and room and epoch == first:    # by now every entry is made, unless the disk has filled up
+            room, told = check_cache(args.cache, train_cases)
+            if not room:
+                print(told, flush=True)
 
 
 def main():

@@ -216,7 +216,7 @@ def train(run, arm, size, cases, device):
     for step, (image, labels, views_seed, _) in enumerate(DataLoader(Crops(schedule, size.crop, run.seed), batch_size=None, num_workers=workers)):
         for group in optimizer.param_groups:
             group["lr"] = size.lr * 0.5 * (1 + math.cos(math.pi * step / size.steps))
-        x = image.to(device).expand(arm.views, -1, -1, -1, -1)
+        x = image.to(device).float().expand(arm.views, -1, -1, -1, -1)
         labels = labels.to(device).expand(arm.views, -1, -1, -1, -1)
         x, labels = augment(x, labels, torch.Generator(device).manual_seed(views_seed))
         p_true = labels_to_regions(labels[:, 0], cases[0].et_label)

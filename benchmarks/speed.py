@@ -134,6 +134,7 @@ def sample_rows(case, times, scratch):
 
 def augment_row(case, crop, times):
     image, labels, _, _ = Crops([(0, case)], crop, 0)[0]
+    image = image.float()
     keys = ["image", "label"]
     theirs = mt.Compose([mt.RandAffined(keys, prob=1.0, rotate_range=(0.1,) * 3, scale_range=(0.1,) * 3, mode=("bilinear", "nearest"), padding_mode="zeros"),
                          mt.RandScaleIntensityd("image", factors=0.3, prob=0.5, channel_wise=True),

@@ -659,7 +659,7 @@ def test_the_file_works_alone(run, cohort, tmp_path):
     shutil.copy(data.__file__, tmp_path)
     assert "all 6 cases can be read" in run(tmp_path / "data.py", cohort, cwd=tmp_path, ok=0).stdout
     script = f"""
-import torch, data
+import pathlib, torch, data
 case = data.find_cases({str(cohort)!r})[0]
 image, target, affine = data.load_case(case)
 image = data.normalize(image)
@@ -667,6 +667,8 @@ crop = data.random_crop(image, target, (16, 16, 16), data.case_generator(0, 0, c
 crop = data.random_flip(*crop, torch.Generator())
 views, regions = data.augment(crop[0].expand(2, -1, -1, -1, -1), crop[1].expand(2, -1, -1, -1, -1), torch.Generator())
 assert views.isfinite().all()
+made, mapped = [data.prepare(case, pathlib.Path()) for _ in range(2)]
+assert torch.equal(made.image, mapped.image) and len(list(pathlib.Path().glob("*.case"))) == 1
 data.save_volume("out.nii.gz", data.regions_to_labels(target).numpy(), case.images[0])
 print(*target.sum((1, 2, 3)).tolist())
 """
