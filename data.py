@@ -150,7 +150,7 @@ MOST_VOXELS = 2**25    # of a volume; BraTS's have 2**23, and four of this size 
 
 
 def check_header(path):
-    """Refuses a NIfTI that promises more voxels than its file can hold, or than MOST_VOXELS, before any memory is taken. Raises ValueError."""
+    """Refuses a NIfTI that promises more voxels than its file can hold, before any memory is taken. Raises ValueError; InputError for too many voxels."""
     with nib.openers.ImageOpener(path) as file:
         start = file.read(540)
     header = next((kind(start[: kind.template_dtype.itemsize], check=False) for kind in (nib.Nifti1Header, nib.Nifti2Header)
@@ -160,8 +160,10 @@ def check_header(path):
     shape, offset = [int(side) for side in header.get_data_shape()], float(header["vox_offset"])
     promised = math.prod(shape) * header.get_data_dtype().itemsize
     held = os.path.getsize(path) * (1032 if str(path).endswith(".gz") else 1)    # what deflate packs into a byte at most
-    if not shape or min(shape) < 1 or math.prod(shape) > MOST_VOXELS or not 0 <= offset <= MOST_VOXELS or promised + offset > held:
+    if not shape or min(shape) < 1 or not 0 <= offset <= MOST_VOXELS or promised + offset > held:
         raise ValueError(f"its header promises {'x'.join(map(str, shape))} voxels from byte {offset:g} on, more than such a file holds")
+    if math.prod(shape) > MOST_VOXELS:
+        raise InputError(f"{path}: {'x'.join(map(str, shape))} voxels, expected at most {MOST_VOXELS:,}, four times BraTS's; crop or resample it")
 
 
 def read_volume(path):
@@ -175,6 +177,8 @@ def read_volume(path):
             shape = image.shape
             volume = image.as_reoriented(_to_lps(image.affine)) if len(shape) == 3 else None
             array = np.asarray(volume.dataobj) if volume else None
+    except InputError:
+        raise
     except Exception as error:    # nibabel, gzip and zlib each raise their own kinds for a damaged file
         raise InputError(f"{path}: cannot be read ({str(error) or type(error).__name__}), "
                          "expected a NIfTI volume; the file is damaged or incomplete, fetch it again") from None
@@ -513,9 +517,9 @@ def check_cache(folder, cases):
     except OSError:
         sizes = []
     if not sizes:
-        return False, f"cache {folder}: no room, or cannot be written; samples are read from the cases' files"
+        return False, f"--cache {folder}: no room, or cannot be written; samples are read from the cases' files"
     needed = (len(cases) - len(sizes)) * sum(sizes) / len(sizes)
-    told = f"cache {folder}: {needed / 1e9:.1f} GB more are needed, {free / 1e9:.1f} GB can be had"
+    told = f"--cache {folder}: {needed / 1e9:.1f} GB more are needed, {free / 1e9:.1f} GB can be had"
     return needed <= free, told + ("" if needed <= free else "; too little, so samples are read from the cases' files")
 
 
@@ -539,11 +543,28 @@ def make_folder(path):
         raise InputError(f"--out {path}: cannot be written ({error.strerror}), expected a folder on a disk with room") from None
 
 
-def join_ranks(backend, rank, world):
-    """Under torchrun, the process group. Each start after a restart has a part of the store to itself: the last start's addresses are dead."""
+def join_ranks(backend, rank, world, timeout=None):
+    """Under torchrun, the process group. `timeout`: how long, as a timedelta, one rank may wait for another in a collective.
+
+    torchrun keeps its store when it starts the ranks again, so each start needs a part of it to itself: the last start's addresses are dead.
+    Its count of restarts does not name that part, since each machine counts for itself; rank 0 makes up a name and tells it to every rank.
+    Raises InputError where a rank is missing after five minutes.
+    """
     store, _, _ = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    name, deadline = os.urandom(8).hex(), time.monotonic() + 300
+    if rank == 0:
+        while (joined := 1 + store.add(f"{name} joined", 0)) < world:
+            if time.monotonic() > deadline:
+                raise InputError(f"torchrun: {joined} of {world} processes have started within five minutes, expected all; see what the others say")
+            for asking in (f"rank {other}" for other in range(1, world)):
+                if store.check([asking]):    # perhaps one of the last start still, which nobody reads the answer to
+                    store.set(store.get(asking).decode(), name)
+            time.sleep(0.1)
+    else:
+        store.set(f"rank {rank}", name)
+        name = store.get(name).decode()
+        store.add(f"{name} joined", 1)
+    dist.init_process_group(backend, store=dist.PrefixStore(name, store), rank=rank, world_size=world, timeout=timeout)
 
 
 def exit_with(error, rank=0):

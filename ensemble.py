@@ -102,7 +102,7 @@ def list_cases(folders):
 
 
 def check_header(path):
-    """Refuses maps that promise more than their file can hold, or than 512 x 512 x 128 voxels, before any memory is taken. Raises ValueError."""
+    """Refuses maps that promise more than their file can hold, before any memory is taken. Raises ValueError; InputError for too many voxels."""
     with nib.openers.ImageOpener(path) as file:
         start = file.read(540)
     header = next((kind(start[: kind.template_dtype.itemsize], check=False) for kind in (nib.Nifti1Header, nib.Nifti2Header)
@@ -112,8 +112,10 @@ def check_header(path):
     shape, offset = [int(side) for side in header.get_data_shape()], float(header["vox_offset"])
     held = os.path.getsize(path) * (1032 if str(path).endswith(".gz") else 1)    # what deflate packs into a byte at most
     promised = math.prod(shape) * header.get_data_dtype().itemsize
-    if not shape or min(shape) < 1 or math.prod(shape) > 3 * 2**25 or not 0 <= offset <= 2**25 or promised + offset > held:
+    if not shape or min(shape) < 1 or not 0 <= offset <= 2**25 or promised + offset > held:
         raise ValueError(f"its header promises {'x'.join(map(str, shape))} voxels from byte {offset:g} on, more than such a file holds")
+    if math.prod(shape) > 3 * 2**25:
+        raise InputError(f"{path}: {'x'.join(map(str, shape))}, expected at most three maps of {2**25:,} voxels; crop or resample them")
 
 
 def load_maps(paths):
@@ -124,6 +126,8 @@ def load_maps(paths):
             check_header(path)
             image = nib.load(path)
             volume = torch.from_numpy(np.asarray(image.dataobj, dtype=np.float32))
+        except InputError:
+            raise
         except Exception as error:    # nibabel, gzip and zlib each raise their own kinds for a damaged file
             raise InputError(f"{path}: cannot be read ({str(error) or type(error).__name__}), expected a NIfTI file; make it again") from None
         images.append(image)

@@ -22,6 +22,7 @@ import time
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -403,7 +404,7 @@ def main():
         if args.score is not None and args.truth is None:
             raise InputError(f"--score {args.score}: expected --truth COHORT with it, the folder of the segmentations")
         if world > 1:
-            join_ranks("gloo", rank, world)    # only scores are exchanged
+            join_ranks("gloo", rank, world, timedelta(days=7))    # only scores are exchanged, at the end, for which a rank may wait long
         failures = run(args, rank, world)
     except torch.OutOfMemoryError as error:
         exit_with(InputError(f"--checkpoints: a window of their --crop and --filters does not fit into the GPU's memory "

@@ -10,8 +10,10 @@ never stopped. SIGTERM and SIGINT finish the step, save and leave, with exit cod
 """
 
 import argparse
+import atexit
 import io
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -141,9 +143,17 @@ def epoch_order(cases, seed, epoch, world):
 SAVE_EVERY = 600    # seconds, within an epoch
 
 
-def leave_terminal(_):
-    """For the processes that read: Ctrl-C shall not end them before the step under way has its samples."""
+def outlive_signals(_):
+    """For the processes that read: neither Ctrl-C nor a scheduler's SIGTERM to all shall end them before the step under way has its samples."""
     os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def end_readers():
+    """At the end of the main process, however it came: those that read would outlive it too."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)    # PyTorch's own handler would complain of their end
+    for reader in multiprocessing.active_children():
+        reader.kill()
 
 
 def agree(failure, wish, world, device):
@@ -154,9 +164,9 @@ def agree(failure, wish, world, device):
     told = torch.tensor([float(failure is not None), wish], device=device)
     if world > 1:
         dist.all_reduce(told, dist.ReduceOp.MAX)
+    failed, wish = told.tolist()    # waits for the others, even on a GPU: none is to miss what this one tells
     if failure is not None:
         exit_with(failure)
-    failed, wish = told.tolist()
     if failed:
         time.sleep(10)    # torchrun ends this rank as soon as the other one has left
         sys.exit(2)
@@ -225,6 +235,8 @@ def load_last(path, expected, views, optimizer, scaler):
         return [last[name] for name in ("epoch", "step", "best", "log", "seconds", "sums")]
     except InputError:
         raise
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}), expected a disk that answers; try again") from None
     except Exception as error:    # whatever the unpickler and the zip reader meet
         raise InputError(f"{path}: not a checkpoint of train.py's to go on from ({type(error).__name__}), "
                          "expected the last.pt of a run; move it away") from None
@@ -255,24 +267,33 @@ def train(args, rank, world, device):
     # section 3.3: "AdamW optimizer with initial learning rate of 1e-4", "1e-5 weight decay and no dropout"
     optimizer = torch.optim.AdamW(views.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     precision = choose_precision(args.amp, device)
+    if device.type == "cpu" and precision and args.crop[0] == 16:    # seen in PyTorch 2.13: NaN, from memory that nothing was written to
+        raise InputError(f"--crop {' '.join(map(str, args.crop))}: PyTorch's 16-bit gradients on a CPU are wrong for it, expected at least 24 first, or --amp off")
     autocast = torch.autocast(device.type, dtype=precision, enabled=precision is not None)
     scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)    # float16 alone can underflow
 
     settings = {name: value for name, value in vars(args).items() if name not in ("data", "out", "cache", "workers")}
-    settings.update(crop=list(args.crop), world=world)
+    settings.update(crop=list(args.crop), world=world, precision=str(precision or torch.float32).removeprefix("torch."))
     about = {"train_cases": [case.name for case in train_cases], "val_cases": [case.name for case in val_cases]}
     first, done, best, log = 0, 0, -1.0, []    # epochs done, and steps of the next one
     sums, seconds = torch.zeros(5, dtype=torch.float64, device=device), 0.0    # over those steps: the loss and its terms
     if (args.out / "last.pt").exists():
         first, done, best, log, seconds, so_far = load_last(args.out / "last.pt", {**settings, **about}, views, optimizer, scaler)
-        sums += torch.tensor(so_far) if rank == 0 else 0    # they are those of all ranks
+        if rank == 0:    # they are those of all ranks
+            sums += torch.tensor(so_far, dtype=sums.dtype, device=device)
+    if world > 1:
+        from_rank_0 = torch.tensor([first, done], device=device)
+        dist.broadcast(from_rank_0, 0)
+        agree(None if from_rank_0.tolist() == [first, done] else InputError(
+            f"{args.out}: rank {rank} finds {first} epochs and {done} steps done in it, rank 0 {from_rank_0.tolist()}, expected one folder that all machines see"),
+            0, world, device)
     # views.network, not model.module: checkpoints carry no "module." prefix
     model = DistributedDataParallel(views, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else views
 
     steps = math.ceil(len(train_cases) / world)    # an epoch
     if rank == 0:
         print(f"{describe(cases)}\nfold {args.fold}: {len(train_cases)} cases to train on, {len(val_cases)} to validate; "
-              f"{world} process{'es' * (world > 1)} on {device.type}, {str(precision or torch.float32).removeprefix('torch.')}; "
+              f"{world} process{'es' * (world > 1)} on {device.type}, {settings['precision']}; "
               f"{sum(p.numel() for p in network.parameters()):,} parameters; "
               + (f"epochs {first + 1} to {args.epochs} of {steps} steps" if first < args.epochs else f"all {first} epochs were done before")
               + (f", {done} steps of epoch {first + 1} done before" if done else ""), flush=True)
@@ -305,7 +326,8 @@ def train(args, rank, world, device):
     schedule = [(epoch, case) for epoch in range(first, args.epochs)
                 for case in epoch_order(train_cases, args.seed, epoch, world)[rank::world]][done:]
     samples = iter(DataLoader(Crops(schedule, args.crop, args.seed, args.cache if room else None), batch_size=None, num_workers=args.workers,
-                              pin_memory=device.type == "cuda", worker_init_fn=leave_terminal))
+                              pin_memory=device.type == "cuda", worker_init_fn=outlive_signals))
+    atexit.register(end_readers)
     signals, saved = [], time.monotonic()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: signals.append(number))

@@ -11,6 +11,7 @@ import time
 import nibabel
 import pytest
 import torch
+import torch.distributed as dist
 
 from conftest import REPO
 from infer import load_checkpoint
@@ -177,6 +178,62 @@ def test_two_machines_go_on_when_a_rank_is_killed(run, cohort, uninterrupted, tm
     assert [agent.returncode for agent in agents] == [0, 0], outputs
     assert len(re.findall("epochs 2 to 3 of 3 steps", "".join(outputs))) == 1
     assert_ends_like(tmp_path, uninterrupted[2])
+
+
+def test_ranks_meet_although_their_machines_have_counted_other_restarts():
+    """What the last start left in the store is still there, and rank 0 comes last."""
+    code = "import time, torch, torch.distributed as dist, data\ntime.sleep(3 * (rank == 0))\ndata.join_ranks('gloo', rank, 3)\n" \
+           "total = torch.tensor([10.0**rank])\ndist.all_reduce(total)\nprint(total.item())\ndist.destroy_process_group()"
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for restarts in ((0, 0, 0), (1, 0, 2)):
+        started = []
+        for rank in range(3):
+            environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+                           "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(restarts[rank]), "OMP_NUM_THREADS": "1"}
+            started.append(subprocess.Popen([sys.executable, "-c", f"rank = {rank}\n{code}"], cwd=REPO, env=environment, stdout=subprocess.PIPE, text=True))
+        assert [process.communicate(timeout=60)[0].strip() for process in started] == ["111.0"] * 3
+
+
+def test_a_scheduler_that_signals_every_process_takes_none_from_the_run(run, cohort, uninterrupted, tmp_path):
+    """The readers too, as a batch system does, and while the step under way is still without its samples."""
+    command = [sys.executable, REPO / "train.py", "--data", cohort, "--out", tmp_path, *SMALL]
+    process = subprocess.Popen([*map(str, command)], env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch 1/3"):
+            break
+    with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
+        readers = [int(reader) for reader in file.read().split()]
+    assert readers
+    for pid in (*readers, process.pid):
+        os.kill(pid, signal.SIGTERM)
+    start = time.monotonic()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and "SIGTERM: stopped" in output and "Traceback" not in output and time.monotonic() - start < 10
+    assert not any(os.path.exists(f"/proc/{reader}") for reader in readers)
+    run("train.py", "--data", cohort, "--out", tmp_path, *SMALL, ok=0)
+    assert_ends_like(tmp_path, uninterrupted[1])
+
+
+def test_machines_that_do_not_share_a_folder_are_told_so(run, cohort, tmp_path):
+    """Each rank with an OUT of its own, of which only rank 0's holds a checkpoint."""
+    out = tmp_path / "of0"
+    script = tmp_path / "apart.py"
+    script.write_text(f"import os, sys\nsys.path.insert(0, {str(REPO)!r})\nimport train\nsys.argv += ['--out', {str(tmp_path)!r} + '/of' + os.environ['RANK']]\ntrain.main()")
+    arguments = [*TORCHRUN, "--nproc_per_node=2", script, "--data", cohort, *SMALL]
+    run(*TORCHRUN, "--nproc_per_node=2", "train.py", "--data", cohort, "--out", out, *SMALL, ok=0)
+    done = run(*arguments, ok=1)
+    assert f"{tmp_path / 'of1'}: rank 1 finds 0 epochs and 0 steps done in it, rank 0 [3, 0], expected one folder" in done.stderr
+    assert not list((tmp_path / "of1").glob("*.pt"))
+
+
+def test_a_device_of_another_precision_is_refused(run, cohort, tmp_path):
+    run("train.py", "--data", cohort, "--out", tmp_path, *SMALL, "--crop", 24, 16, 16, "--epochs", 1, "--amp", "auto", ok=0)
+    before = (tmp_path / "last.pt").read_bytes()
+    code = "import torch, train\ntrain.choose_precision = lambda amp, device: torch.float16\ntrain.main()"
+    done = run("-c", code, "--data", cohort, "--out", tmp_path, *SMALL, "--crop", 24, 16, 16, "--epochs", 1, "--amp", "auto", ok=2)
+    (line,) = done.stderr.splitlines()
+    assert "last.pt: was trained with precision " in line and "expected float16 as in this call" in line
+    assert (tmp_path / "last.pt").read_bytes() == before
 
 
 def test_a_crop_that_does_not_fit_is_one_line(run, cohort, tmp_path):

@@ -86,11 +86,21 @@ def promise(path):
     path.write_bytes(gzip.compress(header.structarr.tobytes() + bytes(1000)))
 
 
+def exaggerate(path):
+    """8192 x 8192 x 2 voxels, and they are there, all zero: 128 MiB that gzip packs into 130 kB."""
+    with gzip.open(path, "wb") as file:
+        header = nib.Nifti1Header()
+        header.set_data_dtype("uint8")
+        header["dim"] = [3, 8192, 8192, 2, 1, 1, 1, 1]
+        header["magic"], header["vox_offset"] = b"n+1", 352
+        file.write(header.structarr.tobytes() + bytes(4 + 2**27))
+
+
 def cut_off(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("damage, why", [(promise, "header promises 32767x32767x32767 voxels"), (cut_off, "cannot be read")])
+@pytest.mark.parametrize("damage, why", [(promise, "header promises 32767x32767x32767 voxels"), (cut_off, "cannot be read"), (exaggerate, "expected at most 33,554,432")])
 @pytest.mark.parametrize("modality", [1, "seg"])
 def test_a_scan_that_is_not_what_it_says_is_refused_before_memory_is_taken(cohort, checkpoint, tmp_path, damage, why, modality):
     shutil.copytree(cohort, tmp_path / "cohort")
