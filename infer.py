@@ -53,7 +53,7 @@ def predict(model, image, roi=(192, 192, 144), flips=False):
     flips: the mean over all 8 mirrorings. The model runs on its own device, under whatever autocast is on outside.
     """
     device = next(model.parameters()).device
-    windows = [axis_windows(lo, hi, n, side) for (lo, hi), n, side in zip(brain_box(image), image.shape[1:], roi)]
+    windows = [axis_windows(lo, hi, n, side) for (lo, hi), n, side in zip(brain_box(image.any(0)), image.shape[1:], roi)]
     size = tuple(side for _, side in windows)
     padded = pad_to(image, size)
     weights = gaussian_window(size).to(image.device)
@@ -79,7 +79,7 @@ def choose_window(image, crop):
     Why: a small window may hold no tumour. Eq. 4 has no gradient for such a crop, so no network learns to leave it empty, and
     instance norm scales up whatever it holds. For the paper's crop this changes nothing.
     """
-    extents = [math.ceil((hi - lo) / 8) * 8 for lo, hi in brain_box(image)]
+    extents = [math.ceil((hi - lo) / 8) * 8 for lo, hi in brain_box(image.any(0))]
     return tuple(max(side, min(extent, most)) for side, extent, most in zip(crop, extents, (192, 192, 144)))
 
 
@@ -109,8 +109,8 @@ def gaussian_window(size):
 
 def dice(prediction, truth):
     """2 |A and B| / (|A| + |B|) of two masks of one shape, bool; both empty 1, one empty 0, BraTS's convention."""
-    size = int(prediction.sum()) + int(truth.sum())
-    return 2 * int((prediction & truth).sum()) / size if size else 1.0
+    size = int(prediction.count_nonzero() + truth.count_nonzero())
+    return 2 * int((prediction & truth).count_nonzero()) / size if size else 1.0
 
 
 def hausdorff95(prediction, truth, spacing=(1.0, 1.0, 1.0)):
@@ -122,12 +122,14 @@ def hausdorff95(prediction, truth, spacing=(1.0, 1.0, 1.0)):
     prediction, truth = np.asarray(prediction), np.asarray(truth)
     if not prediction.any() or not truth.any():
         return 0.0 if prediction.any() == truth.any() else HD95_ONE_EMPTY
-    box = tuple(slice(lo, hi) for lo, hi in brain_box(torch.from_numpy(prediction | truth)[None]))    # both surfaces lie in it
+    box = tuple(slice(lo, hi) for lo, hi in brain_box(prediction | truth))    # both surfaces lie in it
     surfaces = [mask & ~ndimage.binary_erosion(mask) for mask in (prediction[box], truth[box])]
     directed = []
     for here, there in (surfaces, surfaces[::-1]):
-        distance = ndimage.distance_transform_edt(~there, sampling=spacing)    # of each voxel to the nearest of `there`
-        directed.append(np.percentile(distance[here], 95))
+        # of each voxel the nearest one of `there`, (3, d, h, w); distances are needed from `here` alone
+        nearest = ndimage.distance_transform_edt(~there, sampling=spacing, return_distances=False, return_indices=True)
+        steps = (nearest[:, here] - np.array(np.nonzero(here))) * np.reshape(spacing, (3, 1))    # (3, voxels of `here`), mm
+        directed.append(np.percentile(np.sqrt((steps**2).sum(0)), 95))
     return float(max(directed))
 
 

@@ -116,7 +116,7 @@ def predictor(study, run, size):
 def healthy_half(case, image):
     """(D, 1, 1) bool: the half of the brain that the tumour is not in; None where that half has nothing bright in FLAIR."""
     side, _, bright = phantom.traits(np.random.default_rng((0, int(case.name[-5:]))))
-    low, high = brain_box(image)[0]
+    low, high = brain_box(image.any(0))[0]
     from_middle = torch.arange(image.shape[1]) - (low + high - 1) / 2    # grows to the left, which is side +1
     return (from_middle * side < 0)[:, None, None] if bright else None
 
