@@ -54,6 +54,7 @@ def parse_arguments():
     add("--dim", type=int, default=128, help="the projector's width")
     add("--validate-every", type=int, default=5, metavar="EPOCHS")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
+    add("--compile", action="store_true", help="torch.compile the network: minutes at the start; slower than without on a CPU, not measured on a GPU")
     add("--workers", type=int, default=min(8, max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))),
         help="processes a GPU that read and crop; 0: none")
     add("--seed", type=int, default=0, help="of weights, folds and samples")
@@ -288,7 +289,9 @@ def train(args, rank, world, device):
             f"{args.out}: rank {rank} finds {first} epochs and {done} steps done in it, rank 0 {from_rank_0.tolist()}, expected one folder that all machines see"),
             0, world, device)
     # views.network, not model.module: checkpoints carry no "module." prefix
-    model = DistributedDataParallel(views, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else views
+    model = torch.compile(views) if args.compile else views
+    if world > 1:
+        model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
     steps = math.ceil(len(train_cases) / world)    # an epoch
     if rank == 0:

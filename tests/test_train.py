@@ -207,3 +207,14 @@ def test_under_torchrun_a_file_that_one_process_cannot_read_ends_both(run, cohor
     done = run("-m", "torch.distributed.run", "--nproc_per_node=2", "train.py", "--data", broken, "--out", tmp_path / "out", *SMALL, "--fold", "all", ok=1)
     assert done.stderr.count("train.py: error:") == 1 and case.images[2].name in done.stderr
     assert done.stderr.count("Traceback") == 1    # torchrun's own
+
+
+def test_a_compiled_network_is_trained_and_saved_as_the_plain_one(run, cohort, tmp_path):
+    code = "import functools, torch, train\ntorch.compile = functools.partial(torch.compile, backend='eager')\ntrain.main()"    # no C++ compiler is needed
+    arguments = ["--data", cohort, "--fold", "all", *SMALL, "--epochs", 1, "--workers", 0]
+    run("train.py", *arguments, "--out", tmp_path / "plain", ok=0)
+    run("-c", code, *arguments, "--out", tmp_path / "compiled", "--compile", ok=0)
+    plain, compiled = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("plain", "compiled"))
+    assert (plain["settings"].pop("compile"), compiled["settings"].pop("compile")) == (False, True) and plain["settings"] == compiled["settings"]
+    assert list(plain["model"]) == list(compiled["model"])
+    assert all(torch.equal(plain["model"][name], compiled["model"][name]) for name in plain["model"])
