@@ -149,14 +149,17 @@ def _to_lps(affine):
 MOST_VOXELS = 2**25    # of a volume; BraTS's have 2**23, and four of this size in float32 are half a GiB
 
 
-def check_header(path):
-    """Refuses a NIfTI that promises more voxels than its file can hold, before any memory is taken. Raises ValueError; InputError for too many voxels."""
+def open_nifti(path):
+    """A NIfTI as nibabel opens it, its voxels still on the disk; without its extensions, which nibabel reads whatever length they claim.
+
+    Raises ValueError where the header promises more voxels than the file can hold, InputError for more than MOST_VOXELS; no memory is taken then.
+    """
     with nib.openers.ImageOpener(path) as file:
         start = file.read(540)
-    header = next((kind(start[: kind.template_dtype.itemsize], check=False) for kind in (nib.Nifti1Header, nib.Nifti2Header)
-                   if kind.may_contain_header(start)), None)
-    if header is None:
+    kind = next((kind for kind in (nib.Nifti1Image, nib.Nifti2Image) if kind.header_class.may_contain_header(start)), None)
+    if kind is None:
         raise ValueError("no NIfTI header")
+    header = kind.header_class(start[: kind.header_class.template_dtype.itemsize])
     shape, offset = [int(side) for side in header.get_data_shape()], float(header["vox_offset"])
     promised = math.prod(shape) * header.get_data_dtype().itemsize
     held = os.path.getsize(path) * (1032 if str(path).endswith(".gz") else 1)    # what deflate packs into a byte at most
@@ -164,6 +167,7 @@ def check_header(path):
         raise ValueError(f"its header promises {'x'.join(map(str, shape))} voxels from byte {offset:g} on, more than such a file holds")
     if math.prod(shape) > MOST_VOXELS:
         raise InputError(f"{path}: {'x'.join(map(str, shape))} voxels, expected at most {MOST_VOXELS:,}, four times BraTS's; crop or resample it")
+    return kind(nib.arrayproxy.ArrayProxy(path, header), header.get_best_affine(), header)
 
 
 def read_volume(path):
@@ -171,9 +175,8 @@ def read_volume(path):
     if not os.path.exists(path):
         raise InputError(f"{path}: no such file, expected the case's four modalities beside each other")
     try:
-        check_header(path)
         with np.errstate(all="ignore"):    # a damaged affine or scale
-            image = nib.load(path)
+            image = open_nifti(path)
             shape = image.shape
             volume = image.as_reoriented(_to_lps(image.affine)) if len(shape) == 3 else None
             array = np.asarray(volume.dataobj) if volume else None
@@ -247,7 +250,7 @@ def save_volume(path, volume, like):
 
     The dtype is the volume's; maps become X, Y, Z, 3. `path` is never half a file.
     """
-    like, path = nib.load(like), Path(path)
+    like, path = open_nifti(like), Path(path)
     array = np.moveaxis(np.asarray(volume), 0, -1) if volume.ndim == 4 else np.asarray(volume)
     from_lps = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("LPS"), nib.io_orientation(like.affine))
     array = nib.orientations.apply_orientation(array, from_lps)
@@ -302,16 +305,16 @@ def regions_to_labels(regions, et_label=4):
 
 
 def normalize(image):
-    """Zero mean and unit (population) sd for each channel "based on non-zero voxels only"; zeros stay zero. (C, D, H, W) float32.
+    """Zero mean and unit (population) sd for each channel "based on non-zero voxels only"; zeros stay zero. (C, D, H, W) float32, on the CPU.
 
     On the whole volume, before any crop, so that training and prediction see the same numbers.
     """
     image = image.clone()
     for channel in image:
         brain = channel != 0
-        voxels = channel[brain]
+        voxels = channel[brain].numpy()    # NumPy's sums do not depend on the number of threads, which readers have fewer of
         if len(voxels):
-            channel.sub_(voxels.mean()).mul_(brain).div_(voxels.std(correction=0).clamp_min(1e-8))
+            channel.sub_(float(voxels.mean(dtype=np.float64))).mul_(brain).div_(max(float(voxels.std(dtype=np.float64)), 1e-8))
     return image
 
 

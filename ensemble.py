@@ -101,21 +101,25 @@ def list_cases(folders):
     return sorted(names[0])
 
 
-def check_header(path):
-    """Refuses maps that promise more than their file can hold, before any memory is taken. Raises ValueError; InputError for too many voxels."""
+def open_nifti(path):
+    """A NIfTI as nibabel opens it, its voxels still on the disk; without its extensions, which nibabel reads whatever length they claim.
+
+    Raises ValueError where the header promises more than the file can hold, InputError for more than three large maps; no memory is taken then.
+    """
     with nib.openers.ImageOpener(path) as file:
         start = file.read(540)
-    header = next((kind(start[: kind.template_dtype.itemsize], check=False) for kind in (nib.Nifti1Header, nib.Nifti2Header)
-                   if kind.may_contain_header(start)), None)
-    if header is None:
+    kind = next((kind for kind in (nib.Nifti1Image, nib.Nifti2Image) if kind.header_class.may_contain_header(start)), None)
+    if kind is None:
         raise ValueError("no NIfTI header")
+    header = kind.header_class(start[: kind.header_class.template_dtype.itemsize])
     shape, offset = [int(side) for side in header.get_data_shape()], float(header["vox_offset"])
-    held = os.path.getsize(path) * (1032 if str(path).endswith(".gz") else 1)    # what deflate packs into a byte at most
     promised = math.prod(shape) * header.get_data_dtype().itemsize
+    held = os.path.getsize(path) * (1032 if str(path).endswith(".gz") else 1)    # what deflate packs into a byte at most
     if not shape or min(shape) < 1 or not 0 <= offset <= 2**25 or promised + offset > held:
         raise ValueError(f"its header promises {'x'.join(map(str, shape))} voxels from byte {offset:g} on, more than such a file holds")
     if math.prod(shape) > 3 * 2**25:
         raise InputError(f"{path}: {'x'.join(map(str, shape))}, expected at most three maps of {2**25:,} voxels; crop or resample them")
+    return kind(nib.arrayproxy.ArrayProxy(path, header), header.get_best_affine(), header)
 
 
 def load_maps(paths):
@@ -123,8 +127,7 @@ def load_maps(paths):
     images, maps = [], None
     for n, path in enumerate(paths):
         try:
-            check_header(path)
-            image = nib.load(path)
+            image = open_nifti(path)
             volume = torch.from_numpy(np.asarray(image.dataobj, dtype=np.float32))
         except InputError:
             raise
@@ -161,9 +164,11 @@ def save_labels(path, labels, like):
     header["cal_min"] = header["cal_max"] = 0
     header.set_intent("none")    # "vector" in maps of some tools
     image = type(like)(labels, like.affine, header)
-    beside = path.with_name(f".{path.name[:-len('.nii.gz')]}.{os.getpid()}.nii.gz")
+    beside = path.with_name(f".{os.getpid()}-{os.urandom(4).hex()}.{path.name}")
     try:
         nib.save(image, beside)
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

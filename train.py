@@ -15,6 +15,7 @@ import io
 import math
 import multiprocessing
 import os
+import reprlib
 import signal
 import sys
 import time
@@ -29,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from barlow import Projector, barlow_twins_terms, soft_dice_loss
 from data import (REGIONS, InputError, augment, case_generator, check_cache, cut, describe, exit_with, find_cases, join_ranks, labels_to_regions,
                   load_case, make_folder, normalize, prepare, random_axes, random_corner, regions_to_labels, show_progress, split_folds, whole_file)
-from infer import choose_precision, choose_window, dice, move_to, predict, read_checkpoint, write_csv
+from infer import AMP, choose_precision, choose_window, dice, keep_memory, move_to, predict, read_checkpoint, write_csv
 from segresnet import NORMS, SegResNet
 
 
@@ -53,7 +54,7 @@ def parse_arguments():
     add("--pool", type=int, default=16, help="the projector's average pooling")
     add("--dim", type=int, default=128, help="the projector's width")
     add("--validate-every", type=int, default=5, metavar="EPOCHS")
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
+    add("--amp", choices=AMP, default="auto", help="mixed precision")
     add("--compile", action="store_true", help="torch.compile the network: minutes at the start; slower than without on a CPU, not measured on a GPU")
     add("--workers", type=int, default=min(8, max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))),
         help="processes a GPU that read and crop; 0: none")
@@ -157,15 +158,15 @@ def end_readers():
         reader.kill()
 
 
-def agree(failure, wish, world, device):
+def agree(failure, wish, world):
     """Ends every rank if one has a `failure` (or None): that one prints it, and no other is left waiting for it in a collective.
 
     Otherwise the largest `wish` of all ranks: 0 go on, 1 save, 128 + a signal's number: save and leave with this exit code.
     """
-    told = torch.tensor([float(failure is not None), wish], device=device)
+    told = torch.tensor([float(failure is not None), wish])    # on the CPU: Gloo notices a rank that is gone, NCCL may wait for it
     if world > 1:
         dist.all_reduce(told, dist.ReduceOp.MAX)
-    failed, wish = told.tolist()    # waits for the others, even on a GPU: none is to miss what this one tells
+    failed, wish = told.tolist()
     if failure is not None:
         exit_with(failure)
     if failed:
@@ -195,7 +196,7 @@ def validate(network, cases, crop, autocast, device, rank, world, epoch, signals
             probabilities = predict(network, image, choose_window(image, crop))
         painted = labels_to_regions(regions_to_labels(probabilities > 0.5))
         total += torch.tensor([dice(p, t) for p, t in zip(painted, target)], dtype=torch.float64, device=device)
-    wish = agree(failure, 128 + signals[0] if signals else 0, world, device)
+    wish = agree(failure, 128 + signals[0] if signals else 0, world)
     if wish:
         leave(wish, rank, f"before the validation of epoch {epoch}")
     if world > 1:
@@ -230,7 +231,7 @@ def load_last(path, expected, views, optimizer, scaler):
             if found.get(name) != value:
                 if name.endswith("_cases"):
                     raise InputError(f"{path}: was trained on other cases ({name} differ), expected the same --data; use another --out")
-                raise InputError(f"{path}: was trained with {name} {found.get(name)}, expected {value} as in this call; use another --out")
+                raise InputError(f"{path}: was trained with {name} {reprlib.repr(found.get(name))}, expected {value} as in this call; use another --out")
         for part, name in ((views, "views"), (optimizer, "optimizer"), (scaler, "scaler")):
             part.load_state_dict(last[name])
         return [last[name] for name in ("epoch", "step", "best", "log", "seconds", "sums")]
@@ -283,11 +284,11 @@ def train(args, rank, world, device):
         if rank == 0:    # they are those of all ranks
             sums += torch.tensor(so_far, dtype=sums.dtype, device=device)
     if world > 1:
-        from_rank_0 = torch.tensor([first, done], device=device)
+        from_rank_0 = torch.tensor([first, done])
         dist.broadcast(from_rank_0, 0)
         agree(None if from_rank_0.tolist() == [first, done] else InputError(
             f"{args.out}: rank {rank} finds {first} epochs and {done} steps done in it, rank 0 {from_rank_0.tolist()}, expected one folder that all machines see"),
-            0, world, device)
+            0, world)
     # views.network, not model.module: checkpoints carry no "module." prefix
     model = torch.compile(views) if args.compile else views
     if world > 1:
@@ -323,7 +324,7 @@ def train(args, rank, world, device):
                     "step": step, "finished": epoch == args.epochs, "best": best, "log": log, "sums": total.tolist(), "seconds": seconds})
             except OSError as error:
                 failure = error
-        agree(failure, 0, world, device)
+        agree(failure, 0, world)
 
     # One loader for all epochs, so that its workers read on while an epoch ends.
     schedule = [(epoch, case) for epoch in range(first, args.epochs)
@@ -339,7 +340,7 @@ def train(args, rank, world, device):
         for i in range(done, steps):
             sample = next(samples)
             wish = 128 + signals[0] if signals else int(time.monotonic() - saved > SAVE_EVERY)
-            wish = agree(sample if isinstance(sample, InputError) else None, wish, world, device)
+            wish = agree(sample if isinstance(sample, InputError) else None, wish, world)
             if wish:
                 save(epoch, i)
                 saved = time.monotonic()
@@ -367,7 +368,7 @@ def train(args, rank, world, device):
             terms = torch.stack([loss, dice_loss, barlow, invariance, redundancy]).detach()
             agree(None if loss.isfinite() else InputError(
                 f"{name}: loss is not finite in epoch {epoch + 1}, step {i + 1} (Dice {dice_loss:g}, Barlow Twins {barlow:g}), "
-                "expected a number; try a lower --lr or --amp off"), 0, world, device)
+                "expected a number; try a lower --lr or --amp off"), 0, world)
 
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
@@ -383,7 +384,8 @@ def train(args, rank, world, device):
             dist.all_reduce(means)
         means = means.tolist()
         if val_cases and ((epoch + 1) % args.validate_every == 0 or epoch + 1 == args.epochs):
-            save(epoch, steps)    # validation takes long, and a scan that cannot be read ends it
+            if done < steps:    # validation takes long, and a scan that cannot be read ends it
+                save(epoch, steps)
             scores = validate(network, val_cases, args.crop, autocast, device, rank, world, epoch + 1, signals)
         lr = cosine(args.lr, (epoch + 1) * steps - 1, args.epochs * steps)    # the last step's
         row = {"epoch": epoch + 1, "lr": lr, **dict(zip(("loss", "dice_loss", "barlow", "invariance", "redundancy"), means)),
@@ -413,9 +415,11 @@ def main():
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True    # every step has the same shape
+    else:
+        keep_memory()
     try:
         if world > 1:
-            join_ranks("nccl" if device.type == "cuda" else "gloo", rank, world)
+            join_ranks("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank, world)
         train(args, rank, world, device)
     except KeyboardInterrupt:    # before the first step
         sys.exit(128 + signal.SIGINT)

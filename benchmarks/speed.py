@@ -37,7 +37,7 @@ import phantom  # noqa: E402
 import segresnet  # noqa: E402
 from barlow import barlow_twins_loss, soft_dice_loss  # noqa: E402
 from data import augment, find_cases, labels_to_regions, load_case, normalize, prepare  # noqa: E402
-from infer import choose_precision, choose_window, hausdorff95, move_to, predict, write_csv  # noqa: E402
+from infer import choose_precision, choose_window, hausdorff95, keep_memory, move_to, predict, write_csv  # noqa: E402
 from segresnet import SegResNet, to_monai  # noqa: E402
 from train import Crops, Projector, TwoViews  # noqa: E402
 
@@ -300,6 +300,8 @@ def main():
     parser.add_argument("--quick", action="store_true", help="two minutes: fewer and smaller rows")
     parser.add_argument("--csv", type=Path, default=Path("speed.csv"))
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        keep_memory()    # as train.py and infer.py do; the rival's side has it too
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         case = find_cases(args.data or make_phantom(scratch / "BraTS2021_00000"))[0]

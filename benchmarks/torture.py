@@ -14,6 +14,7 @@ import re
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -60,7 +61,7 @@ def make_material(folder):
     torch.manual_seed(0)
     views = train.TwoViews(train.SegResNet(filters=8), train.Projector(8, 4, 8))
     optimizer = torch.optim.AdamW(views.parameters())
-    settings = {"filters": 8, "norm": "instance", "crop": [32, 32, 32], "fold": "0"}
+    settings = {"filters": 8, "norm": "instance", "crop": [32, 32, 32], "fold": "0", "amp": "off"}
     checkpoint = {"model": views.network.state_dict(), "settings": settings, "train_cases": ["a"], "val_cases": ["b"], "et_label": 4, "epoch": 1,
                   "dice": []}
     train.save_checkpoint(folder / "best.pt", checkpoint)
@@ -103,6 +104,12 @@ def mutate_header(rng, content):
     return block + content[348:]
 
 
+def extend(rng, content):
+    """Header extensions that claim to be as long as they like, before a voxel block that is much longer than the header says."""
+    claims = struct.pack("<4b2i", 1, 0, 0, 0, rng.choice((-1, 0, 7, 8, 16, 2**31 - 16, rng.randrange(2**31))), 6) + bytes(24)
+    return content[:108] + struct.pack("<f", 384) + content[112:348] + claims + bytes(2**20)
+
+
 def mutate_volume(rng, content):
     """A damaged .nii or .nii.gz -> (its bytes, its suffix)."""
     way = rng.random()
@@ -112,14 +119,16 @@ def mutate_volume(rng, content):
         content = mutate_bytes(rng, content, 0, 352)
     elif way < 0.7:
         content = mutate_bytes(rng, content, 352)
-    if rng.random() < 0.4 and way < 0.7:
+    elif way < 0.72:
+        content = extend(rng, content)
+    if rng.random() < 0.4 and way < 0.72:
         return content, rng.choice((".nii", ".nii", ".nii.gz"))    # now and then plain under a packed name
     packed = gzip.compress(content, 1)
     if way >= 0.95:    # much from little: zeros behind a header that asks for all of them
         header = nib.Nifti1Header(content[:348], check=False)
         header.set_data_shape((rng.choice((320, 1000, 30000)),) * 3)
         packed = gzip.compress(header.structarr.tobytes() + bytes(4), 1) + gzip.compress(bytes(2**25), 9) * 8
-    elif way >= 0.7:
+    elif way >= 0.72:
         packed = mutate_bytes(rng, packed)
     return packed, ".nii.gz" if rng.random() < 0.95 else ".nii"
 

@@ -24,9 +24,9 @@ mkdir -p "$out"
 touch "$out/started"
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
-# srun does not take --cpus-per-task over from the job
-srun --cpus-per-task="$SLURM_CPUS_PER_TASK" torchrun --nnodes="$SLURM_NNODES" --nproc_per_node=4 --max-restarts=3 \
-    --rdzv-backend=c10d --rdzv-endpoint="$head:29500" --rdzv-id="$SLURM_JOB_ID" train.py --out "$out" "$@"
+# Srun does not take --cpus-per-task over from the job. A machine that fails ends the others too, and two jobs on one machine need two ports.
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 torchrun --nnodes="$SLURM_NNODES" --nproc_per_node=4 --max-restarts=3 \
+    --rdzv-backend=c10d --rdzv-endpoint="$head:$((20000 + SLURM_JOB_ID % 10000))" --rdzv-id="$SLURM_JOB_ID" train.py --out "$out" "$@"
 
 if python -c 'import sys, torch; sys.exit(not torch.load(sys.argv[1], map_location="cpu", mmap=True, weights_only=True)["finished"])' "$out/last.pt" 2> /dev/null; then
     echo "finished: $out"

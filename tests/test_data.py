@@ -350,6 +350,16 @@ def test_normalize_is_the_z_score_of_nonzero_voxels():
         assert not result[~brain].any()
 
 
+def test_normalize_is_the_same_on_any_number_of_threads():
+    image = torch.randn(4, 96, 96, 96, generator=torch.Generator().manual_seed(0)) * 300 + 500    # long enough for PyTorch's sums to be shared out
+    threads, results = torch.get_num_threads(), []
+    for number in (1, 2, 5):
+        torch.set_num_threads(number)
+        results.append(data.normalize(image))
+    torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
 def test_normalize_is_that_of_monai():
     transforms = pytest.importorskip("monai.transforms")
     image = with_zeros(1)

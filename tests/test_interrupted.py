@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from conftest import REPO
+from data import find_cases, split_folds
 from infer import load_checkpoint
 
 TORCHRUN = ["-m", "torch.distributed.run"]
@@ -136,6 +138,23 @@ def test_ctrl_c_reaches_all_processes_of_the_terminal_and_the_run_goes_on_with_o
     assert process.returncode == 130 and "SIGINT: stopped" in output and "Traceback" not in output
     run("train.py", "--data", cohort, "--out", tmp_path, *SMALL, "--workers", 0, ok=0)
     assert_ends_like(tmp_path, uninterrupted[1])
+
+
+def test_a_validation_that_fails_each_time_saves_nothing_new(run, cohort, tmp_path):
+    """A batch system that starts a run again for as long as it saves something would do so for ever."""
+    shutil.copytree(cohort, tmp_path / "cohort")
+    arguments = ["--data", tmp_path / "cohort", "--out", tmp_path / "out", *SMALL]
+    (held_out,) = split_folds(find_cases(cohort), 6)[0]
+    scan = tmp_path / "cohort" / held_out.images[1].relative_to(cohort)
+    scan.write_bytes(scan.read_bytes()[:1000])
+    saved = []
+    for _ in range(2):
+        done = run("train.py", *arguments, ok=2)
+        assert scan.name in done.stderr
+        saved.append((tmp_path / "out" / "last.pt").stat().st_mtime_ns)
+    assert saved[0] == saved[1]
+    shutil.copytree(cohort, tmp_path / "cohort", dirs_exist_ok=True)
+    run("train.py", *arguments, ok=0)
 
 
 def test_a_run_is_saved_within_an_epoch_too(run, cohort, uninterrupted, tmp_path):

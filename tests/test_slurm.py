@@ -9,7 +9,7 @@ import pytest
 from conftest import REPO
 from test_interrupted import SIGNALLED, SMALL
 
-SRUN = '#!/bin/sh\n[ "$1" = --cpus-per-task=32 ] && shift && exec "$@"\n'
+SRUN = '#!/bin/sh\n[ "$1 $2" = "--cpus-per-task=32 --kill-on-bad-exit=1" ] && shift 2 && exec "$@"\n'
 SCONTROL = '#!/bin/sh\ncase $1 in show) echo 127.0.0.1 ;; requeue) echo "requeued $2" ;; esac\n'
 # torchrun with the cluster's flags taken out: one process, and the script that the test wants
 TORCHRUN = f'#!/bin/sh\nwhile [ "$1" != train.py ]; do shift; done; shift\nexec {sys.executable} $SCRIPT "$@"\n'

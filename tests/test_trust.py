@@ -66,12 +66,38 @@ def test_a_checkpoint_that_carries_code_is_refused_and_the_code_does_not_run(run
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("setting, value", [("filters", 10**9), ("filters", "8"), ("norm", "none"), ("crop", [10**9] * 3), ("crop", [32, 32])])
+def doubled(times):
+    """A list of two lists that are one, of two that are one and so on: short in a file, and 2**times numbers when it is printed."""
+    return [doubled(times - 1)] * 2 if times else 0
+
+
+@pytest.mark.parametrize("setting, value", [("filters", 10**9), ("filters", "8"), ("norm", "none"), ("crop", [10**9] * 3), ("crop", [32, 32]), ("amp", "x"), ("amp", []),
+                                            *[(setting, doubled(40)) for setting in ("filters", "norm", "crop", "fold", "amp")]])
 def test_a_checkpoint_with_settings_of_nonsense_takes_no_memory(cohort, checkpoint, tmp_path, setting, value):
     content = torch.load(checkpoint, weights_only=True)
     content["settings"][setting] = value
     torch.save(content, tmp_path / "best.pt")
     one_line(limited("infer.py", cohort, "--checkpoints", tmp_path / "best.pt", "--out", tmp_path / "out", memory=MEMORY), "best.pt")
+
+
+class Large:
+    def __reduce__(self):
+        return bytearray, (2**33,)    # one of the few calls that weights_only allows
+
+
+@pytest.mark.parametrize("extra", [Large(), torch.zeros(1).expand(2**33)], ids=["bytearray", "one number, stored once"])
+def test_a_checkpoint_that_asks_for_memory_gets_none(cohort, checkpoint, tmp_path, extra):
+    for name in ("best.pt", "last.pt"):
+        torch.save({**torch.load(checkpoint.with_name(name), weights_only=True), "extra": extra}, tmp_path / name)
+    one_line(limited("infer.py", cohort, "--checkpoints", tmp_path / "best.pt", "--out", tmp_path / "out", memory=MEMORY), "best.pt")
+    one_line(limited("train.py", "--data", cohort, "--out", tmp_path, *TINY, memory=MEMORY), "last.pt")
+
+
+def test_going_on_from_settings_of_nonsense_is_one_line(run, cohort, checkpoint, tmp_path):
+    content = torch.load(checkpoint.with_name("last.pt"), weights_only=True)
+    content["settings"]["epochs"] = doubled(40)
+    torch.save(content, tmp_path / "last.pt")
+    one_line(run("train.py", "--data", cohort, "--folds", 2, "--out", tmp_path, *TINY, "--norm", "instance", "--workers", 0), "last.pt", "was trained with epochs [[[")
 
 
 # ---- scans ------------------------------------------------------------------------------------------------------------
@@ -96,6 +122,15 @@ def exaggerate(path):
         file.write(header.structarr.tobytes() + bytes(4 + 2**27))
 
 
+def extend(path):
+    """An extension that says to be -1 bytes long, which nibabel reads to the end of the file, behind a whole small volume: here 4 GiB of zeros."""
+    header = nib.Nifti1Header()
+    header.set_data_dtype("uint8")
+    header["dim"] = [3, 32, 32, 32, 1, 1, 1, 1]
+    header["magic"], header["vox_offset"], header["pixdim"][1:4] = b"n+1", 384, 1
+    path.write_bytes(gzip.compress(header.structarr.tobytes() + bytes([1, 0, 0, 0, 7, 0, 0, 0]) + bytes(28)) + gzip.compress(bytes(2**26)) * 64)
+
+
 def cut_off(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -112,6 +147,16 @@ def test_a_scan_that_is_not_what_it_says_is_refused_before_memory_is_taken(cohor
     one_line(limited("train.py", "--data", tmp_path / "cohort", "--fold", "all", "--out", tmp_path / "run", *TINY, memory=MEMORY), bad.name, why)
     done = limited("infer.py", tmp_path / "cohort", "--checkpoints", checkpoint, "--out", tmp_path / "out", memory=MEMORY)
     assert done.returncode == 1 and f"error: {bad}" in done.stdout and "5 of 6 cases done" in done.stdout and not done.stderr
+
+
+def test_an_extension_of_any_length_is_not_read(run, cohort, checkpoint, tmp_path):
+    shutil.copytree(cohort, tmp_path / "cohort")
+    extend(find_cases(tmp_path / "cohort")[0].label)    # read as far as its affine, which is not the images'
+    done = limited("data.py", tmp_path / "cohort", memory=MEMORY)
+    assert done.returncode == 1 and not done.stderr and "seg.nii.gz: its affine differs" in done.stdout and "1 of 6 cases cannot be used" in done.stdout
+    (tmp_path / "maps").mkdir()
+    extend(tmp_path / "maps" / "a.nii.gz")
+    one_line(limited("ensemble.py", "--out", tmp_path / "out", tmp_path / "maps", memory=MEMORY), "a.nii.gz: shape (32, 32, 32)")
 
 
 def test_what_a_case_is_called_cannot_lead_out_of_the_folder(run, cohort, checkpoint, tmp_path):
