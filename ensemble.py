@@ -127,8 +127,9 @@ def load_maps(paths):
     images, maps = [], None
     for n, path in enumerate(paths):
         try:
-            image = open_nifti(path)
-            volume = torch.from_numpy(np.asarray(image.dataobj, dtype=np.float32))
+            with np.errstate(all="ignore"):    # a damaged affine or scale
+                image = open_nifti(path)
+                volume = torch.from_numpy(np.asarray(image.dataobj, dtype=np.float32))
         except InputError:
             raise
         except Exception as error:    # nibabel, gzip and zlib each raise their own kinds for a damaged file
