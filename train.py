@@ -246,6 +246,10 @@ def load_last(path, expected, views, optimizer, scaler):
 
 def train(args, rank, world, device):
     check_arguments(args)
+    precision = choose_precision(args.amp, device)
+    if device.type == "cpu" and precision and args.crop[0] == 16:    # seen in PyTorch 2.13: NaN, from memory that nothing was written to
+        raise InputError(f"--crop {' '.join(map(str, args.crop))}: PyTorch's 16-bit gradients on a CPU are wrong for it, "
+                         "expected at least 24 as the first, or --amp off")
     cases = find_cases(args.data)
     for case in cases:
         missing = [path for path in case.images if not path.exists()]
@@ -268,9 +272,6 @@ def train(args, rank, world, device):
     views, scores = TwoViews(move_to(device, network), projector).to(device), None
     # section 3.3: "AdamW optimizer with initial learning rate of 1e-4", "1e-5 weight decay and no dropout"
     optimizer = torch.optim.AdamW(views.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    precision = choose_precision(args.amp, device)
-    if device.type == "cpu" and precision and args.crop[0] == 16:    # seen in PyTorch 2.13: NaN, from memory that nothing was written to
-        raise InputError(f"--crop {' '.join(map(str, args.crop))}: PyTorch's 16-bit gradients on a CPU are wrong for it, expected at least 24 first, or --amp off")
     autocast = torch.autocast(device.type, dtype=precision, enabled=precision is not None)
     scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)    # float16 alone can underflow
 
@@ -287,8 +288,8 @@ def train(args, rank, world, device):
         from_rank_0 = torch.tensor([first, done])
         dist.broadcast(from_rank_0, 0)
         agree(None if from_rank_0.tolist() == [first, done] else InputError(
-            f"{args.out}: rank {rank} finds {first} epochs and {done} steps done in it, rank 0 {from_rank_0.tolist()}, expected one folder that all machines see"),
-            0, world)
+            f"{args.out}: rank {rank} finds {first} epochs and {done} steps done in it, rank 0 {from_rank_0.tolist()}, "
+            "expected one folder that all machines see"), 0, world)
     # views.network, not model.module: checkpoints carry no "module." prefix
     model = torch.compile(views) if args.compile else views
     if world > 1:

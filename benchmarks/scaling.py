@@ -53,7 +53,8 @@ def step_rows():
         yield "filters, 64x64x48", filters, took, f"{tflop / took:.2f} TFLOP/s"
     rate = tflop / took
     yield "the paper's step: a model", "32 filters, 192x192x144", TFLOP_OF_A_STEP / rate, f"at {rate:.2f} TFLOP/s, the row above's"
-    yield "the paper's fold: a model", "300 epochs on four such machines", TFLOP_OF_A_STEP / rate * STEPS_OF_A_FOLD, f"{TFLOP_OF_A_STEP / rate * STEPS_OF_A_FOLD / 86400:.0f} days"
+    fold = TFLOP_OF_A_STEP / rate * STEPS_OF_A_FOLD
+    yield "the paper's fold: a model", "300 epochs on four such machines", fold, f"{fold / 86400:.0f} days"
     for cores in range(1, torch.get_num_threads() + 1):
         torch.set_num_threads(cores)
         yield "cores, 16 filters, 64x64x48", cores, step(16, (64, 64, 48))[0], ""

@@ -207,6 +207,7 @@ def test_training_needs_a_patient_a_fold(run, cohort, tmp_path):
 def test_training_refuses_the_crop_whose_16_bit_gradients_are_wrong_on_a_cpu(run, cohort, tmp_path):
     process = run("train.py", "--data", cohort, "--fold", "all", "--out", tmp_path / "out", "--workers", 0, *TINY, "--amp", "bf16", "--crop", 16, 32, 32)
     assert is_one_line(process, "train.py", "--crop 16 32 32", "at least 24", "--amp off")
+    assert files(tmp_path) == []
 
 
 def test_training_does_not_go_on_from_a_text_file(tmp_path):
