@@ -71,8 +71,8 @@ def doubled(times):
     return [doubled(times - 1)] * 2 if times else 0
 
 
-@pytest.mark.parametrize("setting, value", [("filters", 10**9), ("filters", "8"), ("norm", "none"), ("crop", [10**9] * 3), ("crop", [32, 32]), ("amp", "x"), ("amp", []),
-                                            *[(setting, doubled(40)) for setting in ("filters", "norm", "crop", "fold", "amp")]])
+@pytest.mark.parametrize("setting, value", [("filters", 10**9), ("filters", "8"), ("norm", "none"), ("crop", [10**9] * 3), ("crop", [32, 32]), ("amp", "x"),
+                                            *[(setting, doubled(40)) for setting in ("norm", "crop", "fold")]])
 def test_a_checkpoint_with_settings_of_nonsense_takes_no_memory(cohort, checkpoint, tmp_path, setting, value):
     content = torch.load(checkpoint, weights_only=True)
     content["settings"][setting] = value
