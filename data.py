@@ -568,6 +568,9 @@ def join_ranks(backend, rank, world, timeout=None):
         store.set(f"rank {rank}", name)
         name = store.get(name).decode()
         store.add(f"{name} joined", 1)
+    # Imported by DDP once the group is there, its default arguments would keep the group, and Gloo's threads, past destroy_process_group;
+    # such a thread aborts the process if it lets go of a tensor after the interpreter has begun to end.
+    import torch.distributed.nn.functional
     dist.init_process_group(backend, store=dist.PrefixStore(name, store), rank=rank, world_size=world, timeout=timeout)
 
 

@@ -418,10 +418,13 @@ def main():
         torch.backends.cudnn.benchmark = True    # every step has the same shape
     else:
         keep_memory()
+    code = 0
     try:
         if world > 1:
             join_ranks("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank, world)
         train(args, rank, world, device)
+    except SystemExit as left:    # all ranks together, as they have agreed
+        code = left.code
     except KeyboardInterrupt:    # before the first step
         sys.exit(128 + signal.SIGINT)
     except torch.OutOfMemoryError:
@@ -431,7 +434,8 @@ def main():
     except (InputError, OSError) as error:
         exit_with(error, rank)
     if world > 1:
-        dist.destroy_process_group()
+        dist.destroy_process_group()    # outside of `train`, whose DDP holds the group
+    sys.exit(code)
 
 
 if __name__ == "__main__":

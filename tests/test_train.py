@@ -209,6 +209,37 @@ def test_under_torchrun_a_file_that_one_process_cannot_read_ends_both(run, cohor
     assert done.stderr.count("Traceback") == 1    # torchrun's own
 
 
+WITH_THREADS_TOLD = """
+import atexit, glob, os, signal, sys
+sys.path.insert(0, {repository!r})
+import train
+
+def tell(when):
+    names = [open(path).read().strip() for path in glob.glob("/proc/self/task/*/comm")]
+    print(when, [name for name in names if "gloo" in name], flush=True)
+
+def rate(lr, step, steps):
+    tell("at work:")
+    {in_a_step}
+    return 0.0
+
+train.cosine = rate
+atexit.register(tell, "at the end:")
+train.main()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="Linux alone tells the threads")
+@pytest.mark.parametrize("in_a_step, code", [("pass", 0), ("os.kill(os.getpid(), signal.SIGTERM)", 1)], ids=["finished", "stopped"])
+def test_no_rank_ends_with_a_thread_of_gloos(run, cohort, tmp_path, in_a_step, code):
+    # one that lets go of a tensor while the interpreter ends aborts the process: on busy cores, once in some hundred runs
+    script = tmp_path / "script.py"
+    script.write_text(WITH_THREADS_TOLD.format(repository=str(Path(train.__file__).parent), in_a_step=in_a_step))
+    done = run("-m", "torch.distributed.run", "--nproc_per_node=2", script, "--data", cohort, "--out", tmp_path / "out", *SMALL, ok=code)
+    assert "at work: ['" in done.stdout and done.stdout.count("at the end: []") == 2
+    assert ("SIGTERM: stopped in epoch 1, after step 1" in done.stdout) == (code == 1)
+
+
 def test_a_compiled_network_is_trained_and_saved_as_the_plain_one(run, cohort, tmp_path):
     code = "import functools, torch, train\ntorch.compile = functools.partial(torch.compile, backend='eager')\ntrain.main()"    # no C++ compiler is needed
     arguments = ["--data", cohort, "--fold", "all", *SMALL, "--epochs", 1, "--workers", 0]
