@@ -216,7 +216,7 @@ import train
 
 def tell(when):
     names = [open(path).read().strip() for path in glob.glob("/proc/self/task/*/comm")]
-    print(when, [name for name in names if "gloo" in name], flush=True)
+    os.write(1, f"{{when}} {{[name for name in names if 'gloo' in name]}}\\n".encode())    # in one piece: the ranks share it
 
 def rate(lr, step, steps):
     tell("at work:")
