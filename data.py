@@ -311,10 +311,10 @@ def normalize(image):
     """
     image = image.clone()
     for channel in image:
-        brain = channel != 0
-        voxels = channel[brain].numpy()    # NumPy's sums do not depend on the number of threads, which readers have fewer of
+        background = channel == 0
+        voxels = channel[~background].numpy()    # NumPy's sums do not depend on the number of threads, which readers have fewer of
         if len(voxels):
-            channel.sub_(float(voxels.mean(dtype=np.float64))).mul_(brain).div_(max(float(voxels.std(dtype=np.float64)), 1e-8))
+            channel.sub_(float(voxels.mean(dtype=np.float64))).div_(max(float(voxels.std(dtype=np.float64)), 1e-8)).masked_fill_(background, 0)
     return image
 
 
@@ -414,7 +414,7 @@ def random_intensity(images, generator):
     Paper: "intensity modifications". Here: blur, sd U(0.5, 1) voxels, p 0.2; scale by U(0.7, 1.3), p 0.5; shift by U(-0.1, 0.1), p 0.5;
     noise, sd U(0, 0.1), p 0.2. Why: adapted from the authors' later open code; noise comes last, or the blur would remove it.
     """
-    brain = images != 0
+    background = images == 0
     images = images.clone()
     draws = torch.rand(*images.shape[:2], 8, generator=generator, device=generator.device).tolist()
     for channels, channels_draws in zip(images, draws):
@@ -427,7 +427,7 @@ def random_intensity(images, generator):
                 channel.add_(-0.1 + 0.2 * u[5])
             if u[6] < 0.2:
                 channel.add_(torch.randn(channel.shape, generator=generator, device=channel.device), alpha=0.1 * u[7])
-    return images.mul_(brain)
+    return images.masked_fill_(background, 0)
 
 
 def gaussian_blur(volume, sd):
