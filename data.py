@@ -70,7 +70,7 @@ def find_cases(root):
     """
     root = Path(root)
     if not root.is_dir():
-        raise InputError(f"{root}: no such folder{_HOW_TO_GET_DATA}")
+        raise InputError(f"{root}: {'a file' if root.exists() else 'no such folder'}{_HOW_TO_GET_DATA}")
     cases = {}
     seen = set()
     for folder, subfolders, files in os.walk(root, followlinks=True):    # data sets are often folders of links
@@ -121,7 +121,8 @@ def describe(cases):
     labels = {case.et_label for case in cases}
     names = " and ".join(f"{name} (ET is label {et})" for name, (_, _, et) in GENERATIONS.items() if et in labels)
     cavity = "; its label 4, the resection cavity of 2024, counts as background" if 3 in labels else ""
-    return f"{len(cases)} cases of {len({case.patient for case in cases})} patients, file names of {names}{cavity}"
+    patients = len({case.patient for case in cases})
+    return f"{len(cases)} case{'s' * (len(cases) > 1)} of {patients} patient{'s' * (patients > 1)}, file names of {names}{cavity}"
 
 
 def split_folds(cases, folds=5, seed=0):
@@ -245,10 +246,11 @@ def _check_same_grid(path, shape, affine, other_path, other_shape, other_affine)
         raise InputError(f"{path}: its affine differs from that of {other_path}, expected one space for all files of a case")
 
 
-def save_volume(path, volume, like):
+def save_volume(path, volume, like, note=None):
     """Writes a volume in LPS, (D, H, W) labels or (3, D, H, W) maps, as the file `like` is: its orientation, affine and units.
 
-    The dtype is the volume's; maps become X, Y, Z, 3. `path` is never half a file.
+    The dtype is the volume's; maps become X, Y, Z, 3. `note`, of at most 79 letters, becomes the header's description; without one
+    that of `like` stays. `path` is never half a file.
     """
     like, path = open_nifti(like), Path(path)
     array = np.moveaxis(np.asarray(volume), 0, -1) if volume.ndim == 4 else np.asarray(volume)
@@ -258,6 +260,8 @@ def save_volume(path, volume, like):
     header.set_data_shape(array.shape)
     header.set_data_dtype(array.dtype)
     header["cal_min"] = header["cal_max"] = 0    # the display range of `like` means nothing here
+    if note is not None:
+        header["descrip"] = note.encode()
     with whole_file(path) as beside:
         nib.save(nib.Nifti1Image(array, like.affine, header), beside)
 
@@ -574,8 +578,20 @@ def join_ranks(backend, rank, world, timeout=None):
     dist.init_process_group(backend, store=dist.PrefixStore(name, store), rank=rank, world_size=world, timeout=timeout)
 
 
+def is_out_of_memory(error):
+    """Of a RuntimeError or MemoryError. On a CPU PyTorch has no exception of its own for it."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+class Parser(argparse.ArgumentParser):
+    """A mistake in the call ends like any other: one line, and under torchrun once."""
+
+    def error(self, message):
+        exit_with(f"{message}; --help lists what there is", int(os.environ.get("RANK", 0)))
+
+
 def exit_with(error, rank=0):
-    """Ends a command for an InputError or OSError: one line, exit code 2."""
+    """Ends a command for an InputError, an OSError or a message: one line, exit code 2."""
     if rank:    # under torchrun every rank has the same error: rank 0 prints it, and torchrun ends the others meanwhile
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
@@ -599,6 +615,10 @@ def check_case(case):
     return "x".join(map(str, image.shape[1:])), spacing, float((image == 0).float().mean()), voxels
 
 
+def shorten(names):
+    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+
+
 def check_cohort(root):
     """Reads every case below `root` and prints a report. Returns the number of cases that cannot be used."""
     cases = find_cases(root)
@@ -614,14 +634,19 @@ def check_cohort(root):
     counts = {"shape": Counter(shapes), "spacing, mm": Counter(spacings)}
     for what, counter in counts.items():
         print(f"  {what:<16}" + ", ".join(f"{value} ({n})" for value, n in counter.most_common(5)) + (" ..." if len(counter) > 5 else ""))
-    print(f"  {'segmentation':<16}{sum(case.label is not None for case in cases)} of {len(cases)}")
+    bare = [case.name for case in cases if case.label is None]
+    print(f"  {'segmentation':<16}{len(cases) - len(bare)} of {len(cases)}" + (f", not {shorten(bare)}" if 0 < len(bare) < len(cases) else ""))
     for region, sizes in zip(REGIONS, zip(*labelled)):
         print(f"  {region + ', voxels':<16}{np.mean(sizes):,.0f} on average, empty in {sizes.count(0)} of {len(sizes)}")
         if not any(sizes):
             print(f"  warning: {region} is empty in every case; are these BraTS labels, and of this generation?")
     stripped = [case.name for case, result in zip(cases, results) if not isinstance(result, InputError) and result[2] < 0.05]
     if stripped:
-        print(f"  warning: almost no voxel is zero in {len(stripped)} cases ({', '.join(stripped[:3])}); expected skull-stripped brains on zeros")
+        print(f"  warning: almost no voxel is zero in {len(stripped)} of them ({shorten(stripped)}); expected skull-stripped brains on zeros")
+    known = {path for case in cases for path in (*case.images, case.label)}
+    strangers = [str(path.relative_to(root)) for path in sorted(root.rglob("*.nii*")) if path not in known and not path.name.startswith(".")]
+    if strangers:
+        print(f"  warning: {len(strangers)} NIfTI files belong to no case ({shorten(strangers)}); expected names such as <case>_t1.nii.gz")
     try:
         print(f"  {'5 folds, seed 0':<16}" + ", ".join(str(len(fold)) for fold in split_folds(cases)) + " cases for validation")
     except InputError:
@@ -634,7 +659,7 @@ def check_cohort(root):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Checks a BraTS cohort.")
+    parser = Parser(description="Checks a BraTS cohort.")
     parser.add_argument("root", type=Path, metavar="DIR", help="searched for cases, with all folders below it")
     args = parser.parse_args()
     try:

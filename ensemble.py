@@ -178,9 +178,10 @@ def save_labels(path, labels, like):
 def main():
     parser = argparse.ArgumentParser(description="Merges folders of probability maps into segmentations (section 3.2).")
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="one <case>.nii.gz a case: float, X, Y, Z, 3 in ET, TC, WT")
-    parser.add_argument("--method", choices=METHODS, default="confidence")
+    parser.add_argument("--method", choices=METHODS, default="confidence", help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="gets one <case>.nii.gz a case: uint8 labels")
     parser.add_argument("--et-label", type=int, choices=(3, 4), default=4, help="4 up to BraTS 2021, 3 from 2023 on")
+    parser.error = lambda message: parser.exit(2, f"ensemble.py: error: {message}; --help lists what there is\n")    # without the usage: one line
     args = parser.parse_args()
     try:
         names = list_cases(args.folders)

@@ -10,7 +10,6 @@ X, Y, Z, 3 in ET, TC, WT. Cases with a segmentation are scored: a row each in OU
 is not predicted again, but scored. Exit code 0: done, 1: some cases failed (listed at the end), 2: a mistake in the call.
 """
 
-import argparse
 import csv
 import ctypes
 import itertools
@@ -26,6 +25,7 @@ import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +33,9 @@ import torch
 import torch.distributed as dist
 from scipy import ndimage
 from scipy.spatial import KDTree
-from torch import nn
 
-from data import (REGIONS, InputError, brain_box, describe, exit_with, find_cases, join_ranks, labels_to_regions, load_case, make_folder, normalize, pad_to,
-                  read_labels, regions_to_labels, save_volume, show_progress, whole_file)
+from data import (REGIONS, InputError, Parser, brain_box, describe, exit_with, find_cases, is_out_of_memory, join_ranks, labels_to_regions, load_case,
+                  make_folder, normalize, open_nifti, pad_to, read_labels, regions_to_labels, save_volume, show_progress, whole_file)
 from ensemble import METHODS
 from segresnet import SegResNet
 
@@ -219,7 +218,10 @@ def load_checkpoint(path):
             model = SegResNet(filters=settings["filters"], norm=settings["norm"])
         model.load_state_dict(weights, assign=True)
         checkpoint["model"] = model.float().eval()
+        checkpoint["digest"] = sha256(Path(path).read_bytes()).hexdigest()
         return checkpoint
+    except IsADirectoryError:
+        raise InputError(f"--checkpoints {path}: a folder, expected the file best.pt or last.pt in it") from None
     except FileNotFoundError:
         raise InputError(f"--checkpoints {path}: no such file, expected best.pt or last.pt of a run of train.py") from None
     except Exception as error:    # torch.load raises whatever its unpickler and zip reader meet
@@ -242,11 +244,8 @@ def choose_precision(amp, device):
 
 def move_to(device, network):
     """A network onto its device, in the layout that is fastest there: on a CPU channels last for few filters, which hurts with more."""
-    if device.type == "cpu" and network.init_conv.out_channels < 16:
-        for module in network.modules():
-            if isinstance(module, nn.Conv3d) and module.kernel_size != (1, 1, 1):    # 1x1x1 has but one layout, whose strides confuse DDP
-                module.to(memory_format=torch.channels_last_3d)
-    return network.to(device)
+    channels_last = device.type == "cpu" and network.init_conv.out_channels < 16
+    return network.to(device, memory_format=torch.channels_last_3d if channels_last else torch.preserve_format)
 
 
 def keep_memory():
@@ -289,16 +288,30 @@ def predict_case(image, checkpoints, args):
     return METHODS[args.ensemble](torch.stack(maps))    # (N, 3, D, H, W) -> (3, D, H, W)
 
 
-def finish_case(case, probabilities, fold, folder, args):
+def how_predicted(checkpoints, args):
+    """By which networks and how: the note in the header of a label file, which tells a prediction to be kept from another call's."""
+    networks = sha256("".join(sorted(checkpoint["digest"] for checkpoint in checkpoints)).encode()).hexdigest()[:16]
+    return f"{args.ensemble} of {len(checkpoints)}{', flips' if args.flips else ''}, networks {networks}"
+
+
+def note_of(path):
+    """The note in the header of a label file; "" where there is none to be read."""
+    try:
+        return open_nifti(path).header["descrip"].item().decode("latin-1")
+    except Exception:    # nibabel, gzip and zlib each raise their own kinds for a damaged file
+        return ""
+
+
+def finish_case(case, probabilities, note, fold, folder, args):
     """Paints and writes what was predicted, or nothing if that is None, and scores the label map in `folder`: a row, or None without truth.
 
-    The label file comes last: where it exists, the case is finished.
+    The label file, with `note` in its header, comes last: where it exists, the case is finished.
     """
     path = folder / f"{case.name}.nii.gz"
     if probabilities is not None:
         if args.probabilities:
             save_volume(folder / "probabilities" / path.name, probabilities.numpy(), case.images[0])
-        save_volume(path, regions_to_labels(probabilities > 0.5, case.et_label).numpy(), case.images[0])
+        save_volume(path, regions_to_labels(probabilities > 0.5, case.et_label).numpy(), case.images[0], note)
     if case.label:
         return {"case": case.name, "fold": fold, **dict(zip(COLUMNS, (f"{value:.6g}" for value in score_case(case, path))))}
 
@@ -318,7 +331,7 @@ def score_case(case, path):
 
 def run(args, rank, world):
     """Predicts and scores this rank's share of the cases; rank 0 prints and writes the scores. Returns the number of failed cases."""
-    cases, checkpoints = find_all(args.cases if args.score is None else [args.truth]), []
+    cases, checkpoints, notes = find_all(args.cases if args.score is None else [args.truth]), [], {}
     if args.score is None:
         checkpoints = [load_checkpoint(path) for path in args.checkpoints]
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
@@ -331,7 +344,11 @@ def run(args, rank, world):
         if not cases:
             raise InputError("--held-out: none of the cases is in a checkpoint's val_cases, expected the cohort it was trained on")
         make_folder(args.out / "probabilities" if args.probabilities else args.out)
-        folder = args.out
+        folder, notes = args.out, {case.name: how_predicted(chosen[case.name], args) for case in cases}
+        for path in (folder / f"{case.name}.nii.gz" for case in cases):
+            if not args.overwrite and path.exists() and note_of(path) != notes[path.name.removesuffix(".nii.gz")]:
+                raise InputError(f"{path}: is there, but not from these checkpoints with this --ensemble, --flips and --held-out "
+                                 f"(its header says {note_of(path)!r}), expected another --out, or --overwrite")
     else:
         cases, folder = [case for case in cases if case.label], args.score
         if not folder.is_dir():
@@ -373,7 +390,7 @@ def run(args, rank, world):
                 fold = "/".join(sorted({str(c["settings"]["fold"]) for c in chosen[case.name]}))
             if finishing:
                 collect(finishing)    # at most one case waits to be written
-            finishing = writer.submit(finish_case, case, probabilities, fold, folder, args)
+            finishing = writer.submit(finish_case, case, probabilities, notes.get(case.name), fold, folder, args)
             done += 1
             if rank == 0:
                 show_progress("cases", done, len(share), start)
@@ -418,11 +435,11 @@ def find_all(roots):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Predicts, ensembles and scores BraTS cases.")
+    parser = Parser(description="Predicts, ensembles and scores BraTS cases.")
     parser.add_argument("cases", nargs="*", type=Path, metavar="CASE_OR_COHORT", help="folders, searched with all folders below them")
     parser.add_argument("--checkpoints", nargs="+", type=Path, default=[], metavar="FILE", help="best.pt or last.pt of any number of runs")
-    parser.add_argument("--out", type=Path, default=Path("predictions"))
-    parser.add_argument("--ensemble", choices=METHODS, default="confidence", help="how several checkpoints are merged")
+    parser.add_argument("--out", type=Path, default=Path("predictions"), help="gets <case>.nii.gz (default: %(default)s)")
+    parser.add_argument("--ensemble", choices=METHODS, default="confidence", help="how several checkpoints are merged (default: %(default)s)")
     parser.add_argument("--held-out", action="store_true", help="predict a case only with checkpoints that were validated on it (Table 2)")
     parser.add_argument("--flips", action="store_true", help="average over all 8 mirrorings, eight times the work")
     parser.add_argument("--probabilities", action="store_true", help="write the ensembled maps to OUT/probabilities as well")
@@ -434,16 +451,22 @@ def main():
     for number in (signal.SIGTERM, signal.SIGINT):    # what is written just then is taken away
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
+        if (args.score is None) != (args.truth is None):
+            raise InputError("one of --score PREDICTIONS and --truth COHORT is missing, expected both: what to score, and the folder of the segmentations")
         if args.score is None and not (args.cases and args.checkpoints):
-            raise InputError("expected CASE_OR_COHORT and --checkpoints, or --score and --truth")
-        if args.score is not None and args.truth is None:
-            raise InputError(f"--score {args.score}: expected --truth COHORT with it, the folder of the segmentations")
+            raise InputError("expected CASE_OR_COHORT and, after it, --checkpoints, which takes all that follows; or --score and --truth")
+        if args.score is not None and (args.cases or args.checkpoints):
+            raise InputError(f"--score {args.score}: predicts nothing, expected neither CASE_OR_COHORT nor --checkpoints with it")
+        if len({path.resolve() for path in args.checkpoints}) < len(args.checkpoints):
+            raise InputError("--checkpoints: one is given twice and would count twice, expected each once")
         if world > 1:
             join_ranks("gloo", rank, world, timedelta(days=7))    # only scores are exchanged, at the end, for which a rank may wait long
         failures = run(args, rank, world)
-    except torch.OutOfMemoryError as error:
-        exit_with(InputError(f"--checkpoints: a window of their --crop and --filters does not fit into the GPU's memory "
-                             f"({' '.join(str(error).split())[:80]}), expected a smaller one of either"), rank)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        exit_with(InputError(f"--checkpoints: a window of their --crop and --filters, or a map for each of them, does not fit into memory "
+                             f"({' '.join(str(error).split())[:80]}), expected smaller or fewer ones"), rank)
     except (InputError, OSError) as error:
         exit_with(error, rank)
     if world > 1:

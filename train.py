@@ -28,28 +28,32 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from barlow import Projector, barlow_twins_terms, soft_dice_loss
-from data import (REGIONS, InputError, augment, case_generator, check_cache, cut, describe, exit_with, find_cases, join_ranks, labels_to_regions,
-                  load_case, make_folder, normalize, prepare, random_axes, random_corner, regions_to_labels, show_progress, split_folds, whole_file)
+from data import (REGIONS, InputError, Parser, augment, case_generator, check_cache, cut, describe, exit_with, find_cases, is_out_of_memory, join_ranks,
+                  labels_to_regions, load_case, make_folder, normalize, prepare, random_axes, random_corner, regions_to_labels, show_progress, split_folds,
+                  whole_file)
 from infer import AMP, choose_precision, choose_window, dice, keep_memory, move_to, predict, read_checkpoint, write_csv
 from segresnet import NORMS, SegResNet
 
 
+UNTOLD = "%(default).0s"    # argparse adds no default of its own to a help text that has this
+
+
 def parse_arguments():
-    parser = argparse.ArgumentParser(description="Trains SegResNet with soft Dice and the Barlow Twins term.",
+    parser = Parser(description="Trains SegResNet with soft Dice and the Barlow Twins term.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--data", type=Path, default=Path("data/BraTS2021_Training_Data"), help="folder of cases")
     add("--fold", default="0", help="which fold is held out, or 'all': none is")
     add("--folds", type=int, default=5)
-    add("--out", type=Path, help="folder of checkpoints and log; resumed if it holds last.pt (default: runs/fold<F> or runs/all)")
-    add("--cache", type=Path, help="folder of prepared cases, 37 GB for BraTS 2021, or 'none'; samples are the same (default: cache beside OUT: runs/cache)")
+    add("--out", type=Path, help="folder of checkpoints and log; resumed if it holds last.pt (default: runs/fold<F> or runs/all)" + UNTOLD)
+    add("--cache", type=Path, help="folder of prepared cases, 37 GB for BraTS 2021, or 'none'; samples are the same (default: cache beside OUT: runs/cache)" + UNTOLD)
     add("--epochs", type=int, default=300, help="an epoch is one crop of every training case")
     add("--lr", type=float, default=1e-4)
     add("--weight-decay", type=float, default=1e-5)
     add("--crop", type=int, nargs=3, default=(192, 192, 144), metavar=("D", "H", "W"))
     add("--filters", type=int, default=32, help="channels of the first level")
     add("--norm", choices=NORMS, default="instance")
-    add("--barlow-weight", type=float, help="of the Barlow Twins term; 0 trains without it, 1 is the literal sum (default: 1/dim)")
+    add("--barlow-weight", type=float, help="of the Barlow Twins term; 0 trains without it, 1 is the literal sum (default: 1/dim)" + UNTOLD)
     add("--lambd", type=float, default=0.005, help="lambda of Eq. 3")
     add("--pool", type=int, default=16, help="the projector's average pooling")
     add("--dim", type=int, default=128, help="the projector's width")
@@ -67,14 +71,16 @@ def parse_arguments():
 
 
 def check_arguments(args):
-    if args.fold != "all" and args.fold not in map(str, range(args.folds)):
-        raise InputError(f"--fold {args.fold}: expected 0 to {args.folds - 1}, or all")
     for flag in ("folds", "epochs", "filters", "pool", "dim", "validate_every"):
         if getattr(args, flag) < 1:
             raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least 1")
     for flag in ("lr", "weight_decay", "barlow_weight", "lambd", "workers", "seed"):
         if not 0 <= getattr(args, flag) < math.inf:    # also NaN
             raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected a number of at least 0")
+    if args.seed >= 2**64:
+        raise InputError(f"--seed {args.seed}: expected less than 2**64")
+    if args.fold != "all" and args.fold not in map(str, range(args.folds)):
+        raise InputError(f"--fold {args.fold}: expected 0 to {args.folds - 1}, or all")
     if any(side < 16 or side % 8 for side in args.crop):
         raise InputError(f"--crop {' '.join(map(str, args.crop))}: expected multiples of 8, at least 16; Table 1 halves three times")
     if args.barlow_weight and math.prod(side // args.pool for side in args.crop) < 2:
@@ -427,7 +433,9 @@ def main():
         code = left.code
     except KeyboardInterrupt:    # before the first step
         sys.exit(128 + signal.SIGINT)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         error = InputError(f"--crop {' '.join(map(str, args.crop))} with --filters {args.filters} does not fit into the memory of "
                            f"{device}, expected a smaller --crop or fewer --filters")
         exit_with(error, rank)

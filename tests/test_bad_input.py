@@ -138,7 +138,7 @@ def test_cohort_check_reports_the_others(checked, damaged):
     assert sum(line.startswith("error") for line in lines) == len(BAD)
     whole = int((np.asarray(nib.load(damaged / "good" / "good_seg.nii.gz").dataobj) > 0).sum())
     assert f"WT, voxels {whole} on average, empty in 0 of 1" in lines and "shape 32x32x32 (2)" in lines
-    assert f"segmentation {len(BAD) + 1} of {len(BAD) + 2}" in lines
+    assert f"segmentation {len(BAD) + 1} of {len(BAD) + 2}, not unlabelled" in lines
 
 
 # ---- infer.py: nor does it there --------------------------------------------------------------------------------------
@@ -270,6 +270,37 @@ def test_merging_needs_the_same_cases_and_shapes_in_every_folder(run, tmp_path, 
     process = run("ensemble.py", "--out", tmp_path / "out", tmp_path / "one", tmp_path / "two")
     assert is_one_line(process, "ensemble.py", tmp_path / "two", found)
     assert not (tmp_path / "out").exists() or files(tmp_path / "out") == []
+
+
+# ---- the call itself, any command -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script, arguments, found", [
+    ("train.py", ["--crop", 32, 32], "argument --crop: expected 3 arguments"),
+    ("train.py", ["--folds", 0], "--folds 0: expected at least 1"),
+    ("train.py", ["--seed", 2**64], f"--seed {2**64}: expected less"),
+    ("infer.py", ["COHORT", "--checkpoints", "BEST", "--ensemble", "max"], "argument --ensemble: invalid choice: 'max'"),
+    ("infer.py", ["--checkpoints", "BEST", "COHORT"], "expected CASE_OR_COHORT and, after it, --checkpoints"),
+    ("infer.py", ["COHORT", "--checkpoints", "BEST", "BEST"], "--checkpoints: one is given twice"),
+    ("infer.py", ["COHORT", "--checkpoints", "RUN"], "a folder, expected the file best.pt"),
+    ("infer.py", ["--score", "RUN"], "--truth COHORT is missing, expected both"),
+    ("infer.py", ["--score", "RUN", "--truth", "COHORT", "--checkpoints", "BEST"], "expected neither CASE_OR_COHORT nor --checkpoints"),
+    ("data.py", ["BEST"], "best.pt: a file, expected folders"),
+    ("data.py", [], "the following arguments are required: DIR"),
+    ("ensemble.py", ["COHORT"], "the following arguments are required: --out"),
+])
+def test_a_mistake_in_the_call_is_one_line(run, cohort, checkpoint, tmp_path, script, arguments, found):
+    paths = {"COHORT": cohort, "BEST": checkpoint, "RUN": checkpoint.parent}
+    process = run(script, *[paths.get(argument, argument) for argument in arguments], cwd=tmp_path)
+    assert process.returncode == 2 and not process.stdout and files(tmp_path) == []
+    (line,) = process.stderr.splitlines()
+    assert line.startswith(f"{script}: error: ") and found in line
+
+
+def test_a_network_that_does_not_fit_into_memory_is_one_line(run, cohort, tmp_path):
+    # Its first block alone is a terabyte, which no CPU gives; the GPU's own exception is tested in test_interrupted.py.
+    process = run("train.py", "--data", cohort, "--fold", "all", "--out", tmp_path / "out", "--workers", 0, *TINY, "--filters", 100_000)
+    assert is_one_line(process, "train.py", "--filters 100000 does not fit into the memory of cpu")
 
 
 # ---- every command that writes ----------------------------------------------------------------------------------------

@@ -654,11 +654,12 @@ def test_the_command_warns_of_what_can_be_read_but_looks_wrong(run, tmp_path):
     for name in ("a", "b"):
         write_case(tmp_path / name, images, labels)
     touch(tmp_path / "c", *[f"c_{m}.nii.gz" for m in OLD])    # and one case that cannot be read
+    touch(tmp_path / "d", *[f"d_{m.upper()}.nii.gz" for m in OLD])    # and one that is none, to be left out in silence by nobody
     process = run("data.py", tmp_path, ok=1)
     lines = lines_of(process.stdout)
-    assert "spacing, mm 1x1.5x2 (2)" in lines and "segmentation 2 of 3" in lines
+    assert "spacing, mm 1x1.5x2 (2)" in lines and "segmentation 2 of 3, not c" in lines
     warnings = [line for line in lines if line.startswith("warning")]
-    assert len(warnings) == 2
+    assert len(warnings) == 3 and warnings[2].startswith("warning: 4 NIfTI files belong to no case (d/d_FLAIR.nii.gz, d/d_T1.nii.gz, d/d_T1CE.nii.gz ...)")
     assert warnings[0].startswith("warning: ET is empty in every case") and "skull-stripped" in warnings[1] and "(a, b)" in warnings[1]
     assert [line for line in lines if line.startswith("error")][0].startswith(f"error: {tmp_path / 'c' / 'c_t1.nii.gz'}")
     assert "1 of 3 cases cannot be used" in lines[-1]

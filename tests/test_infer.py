@@ -196,14 +196,19 @@ def test_the_command_predicts_scores_and_resumes(run, cohort, checkpoint, tmp_pa
     assert read_rows(tmp_path / "two.csv") == rows
 
 
-def test_held_out_uses_only_checkpoints_that_never_saw_the_case(run, cohort, checkpoint, tmp_path):
-    # A second "fold": the complement of the first, with other weights.
+def other_fold(checkpoint, path):
+    """A second "fold" beside `checkpoint`: the complement of its cases, other weights. -> what was saved to `path`"""
     content = torch.load(checkpoint, weights_only=True)
     content["train_cases"], content["val_cases"] = content["val_cases"], content["train_cases"]
     content["settings"]["fold"] = "1"
     torch.manual_seed(5)
     content["model"] = SegResNet(filters=8).state_dict()
-    torch.save(content, tmp_path / "other.pt")
+    torch.save(content, path)
+    return content
+
+
+def test_held_out_uses_only_checkpoints_that_never_saw_the_case(run, cohort, checkpoint, tmp_path):
+    content = other_fold(checkpoint, tmp_path / "other.pt")
     done = run("infer.py", cohort, "--checkpoints", checkpoint, tmp_path / "other.pt", "--held-out", "--out", tmp_path / "held-out", ok=0)
     assert "trained on" not in done.stdout and "fold 0" in done.stdout and "fold 1" in done.stdout
     other = SegResNet(filters=8).eval()
@@ -214,6 +219,30 @@ def test_held_out_uses_only_checkpoints_that_never_saw_the_case(run, cohort, che
         network = other if fold == "1" else load_checkpoint(checkpoint)["model"]
         expected = regions_to_labels(predict(network, normalize(load_case(case)[0]), (32, 32, 32)) > 0.5)
         assert np.array_equal(np.asarray(nib.load(tmp_path / "held-out" / f"{case.name}.nii.gz").dataobj), expected.numpy())
+
+
+def test_predictions_of_another_call_are_never_taken_for_this_ones(run, cohort, checkpoint, tmp_path):
+    """Else --held-out would score networks on the cases that they were trained on."""
+    other_fold(checkpoint, tmp_path / "other.pt")
+    both, out = [checkpoint, tmp_path / "other.pt"], ["--out", tmp_path / "out"]
+    run("infer.py", cohort, "--checkpoints", *both, *out, ok=0)
+    left = {path: path.read_bytes() for path in [*(tmp_path / "out").iterdir(), tmp_path / "out.csv"]}
+    for call in ([*both, "--held-out"], [*both, "--ensemble", "mean"], [*both, "--flips"], [checkpoint]):
+        done = run("infer.py", cohort, "--checkpoints", *call, *out, ok=2)
+        (line,) = done.stderr.splitlines()
+        assert not done.stdout and f"{tmp_path / 'out'}" in line and "expected another --out, or --overwrite" in line
+        assert {path: path.read_bytes() for path in left} == left
+    assert "6 cases were predicted before" in run("infer.py", cohort, "--checkpoints", *both[::-1], *out, ok=0).stdout    # the same networks
+    # Another network under the same name is another network; nor is a file without a note taken for a prediction.
+    other_fold(checkpoint, tmp_path / "again.pt")
+    content = torch.load(tmp_path / "again.pt", weights_only=True)
+    content["model"]["decoder_end.2.bias"] += 1
+    torch.save(content, tmp_path / "other.pt")
+    run("infer.py", cohort, "--checkpoints", *both, *out, ok=2)
+    run("infer.py", cohort, "--checkpoints", *both, *out, "--overwrite", ok=0)
+    case = find_cases(cohort)[0]
+    shutil.copy(case.label, tmp_path / "out" / f"{case.name}.nii.gz")
+    run("infer.py", cohort, "--checkpoints", *both, *out, ok=2)
 
 
 @pytest.mark.parametrize("codes", ["RAS", "SPL", "AIR"])

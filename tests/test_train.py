@@ -194,9 +194,10 @@ def test_torchrun_with_an_uneven_last_step_and_fewer_validation_cases_than_proce
     assert float(log[0]["barlow"]) == 0.0 and float(log[0]["loss"]) == pytest.approx(float(log[0]["dice_loss"]))
 
 
-def test_under_torchrun_a_mistake_is_printed_once(run, cohort, tmp_path):
-    done = run("-m", "torch.distributed.run", "--nproc_per_node=2", "train.py", "--data", cohort, "--out", tmp_path, "--folds", 9, ok=1)
-    assert done.stderr.count("train.py: error:") == 1
+@pytest.mark.parametrize("mistake", [("--folds", 9), ("--crop", 16)], ids=["in the cohort", "in the call"])
+def test_under_torchrun_a_mistake_is_printed_once(run, cohort, tmp_path, mistake):
+    done = run("-m", "torch.distributed.run", "--nproc_per_node=2", "train.py", "--data", cohort, "--out", tmp_path, *mistake, ok=1)
+    assert done.stderr.count("train.py: error:") == 1 and "usage:" not in done.stderr
 
 
 def test_under_torchrun_a_file_that_one_process_cannot_read_ends_both(run, cohort, tmp_path):
