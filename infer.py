@@ -264,7 +264,7 @@ def keep_memory():
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):    # another C library
         return
-    mallopt(-3, 2**31 - 1)    # M_MMAP_THRESHOLD: up to 2 GiB, from the heap
+    mallopt(-4, 0)    # M_MMAP_MAX: nothing straight from the system, all from the heap
     mallopt(-1, 2**31 - 1)    # M_TRIM_THRESHOLD: of which 2 GiB may lie free
 
 

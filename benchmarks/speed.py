@@ -1,13 +1,15 @@
 """Speed beside MONAI, and beside what the machine can do.
 
-    python benchmarks/speed.py [--data DIR] [--quick] [--keep-memory] [--csv FILE]
+    python benchmarks/speed.py [--data DIR] [--quick] [--memory-kept ours | both | neither] [--csv FILE]
 
 Ours and the rival's run in turn, A B A B, in one process, medians with minimum and maximum; where both compute the same thing, that is checked
-first. DIR holds real cases (the first is used); without it a synthetic one of 240x240x155 is made. On a GPU the rows of the paper's step are added.
+first. On a CPU train.py and infer.py keep the memory of large tensors (infer.keep_memory): so ours runs, and the rival's as a process starts, unless
+--memory-kept says otherwise. DIR holds real cases (the first is used); without it a synthetic one of 240x240x155 is made. On a GPU the rows of the paper's step are added.
 Needs benchmarks/requirements.txt.
 """
 
 import argparse
+import ctypes
 import logging
 import os
 import platform
@@ -42,6 +44,7 @@ from segresnet import SegResNet, to_monai  # noqa: E402
 from train import Crops, Projector, TwoViews  # noqa: E402
 
 CROP = (192, 192, 144)
+MEMORY_KEPT = "ours"    # --memory-kept
 
 
 def seconds(function):
@@ -54,11 +57,25 @@ def seconds(function):
     return time.perf_counter() - start
 
 
-def race(ours, rival, times):
-    """Both once to warm up, then in turn. -> two lists of seconds"""
-    ours(), rival()
-    pairs = [(seconds(ours), seconds(rival)) for _ in range(times)]
-    return [list(side) for side in zip(*pairs)]
+def memory_as_it_starts():
+    """keep_memory undone: glibc's own limits, where a process with large tensors has brought them."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-4, 65536)    # M_MMAP_MAX
+    libc.mallopt(-3, 2**25)    # M_MMAP_THRESHOLD: from 32 MiB on, straight from the system
+    libc.mallopt(-1, 2**26)    # M_TRIM_THRESHOLD
+    libc.malloc_trim(0)    # else the rival works in what ours has left
+
+
+def race(ours, rival, times, alike=False):
+    """In turn, each once untimed and once timed. -> two lists of seconds. `alike`: the rival's memory is kept where ours is."""
+    found = [], []
+    for _ in range(times):
+        for side, (function, keep) in enumerate([(ours, MEMORY_KEPT != "neither"), (rival, MEMORY_KEPT == "both" or alike and MEMORY_KEPT == "ours")]):
+            if platform.libc_ver()[0] == "glibc" and not torch.cuda.is_available():
+                keep_memory() if keep else memory_as_it_starts()
+            function()
+            found[side].append(seconds(function))
+    return found
 
 
 def ceilings(path):
@@ -128,7 +145,7 @@ def sample_rows(case, times, scratch):
             entry.unlink()
         return crops[0]
 
-    yield "a sample that fills the cache", "the same, uncached", *race(fill, lambda: uncached[0], times), None, None
+    yield "a sample that fills the cache", "the same, uncached", *race(fill, lambda: uncached[0], times, alike=True), None, None
     torch.set_num_threads(os.cpu_count())
 
 
@@ -215,7 +232,7 @@ def step_rows(filters, crop, times):
         with FlopCounterMode(display=False) as flops:
             steps[0]()
         work = (flops.get_total_flops() / 1e9, "float32 matrix product" if precision is None else "bfloat16 matrix product")
-        yield f"a training step, {size}, {str(precision or torch.float32)[6:]}", rival, *race(*steps, times), wanted, work
+        yield f"a training step, {size}, {str(precision or torch.float32)[6:]}", rival, *race(*steps, times, alike=projected), wanted, work
 
 
 def memory_row(filters, crop):
@@ -300,11 +317,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, help="folder of real cases (default: a synthetic one)")
     parser.add_argument("--quick", action="store_true", help="two minutes: fewer and smaller rows")
-    parser.add_argument("--keep-memory", action="store_true", help="both sides under infer.keep_memory, which train.py and infer.py call on a CPU")
+    parser.add_argument("--memory-kept", choices=("ours", "both", "neither"), default="ours", help="which side runs under infer.keep_memory")
     parser.add_argument("--csv", type=Path, default=Path("speed.csv"))
     args = parser.parse_args()
-    if args.keep_memory:
-        keep_memory()
+    global MEMORY_KEPT
+    MEMORY_KEPT = args.memory_kept
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         case = find_cases(args.data or make_phantom(scratch / "BraTS2021_00000"))[0]
