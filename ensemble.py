@@ -1,17 +1,15 @@
-"""Confidence-based ensembling: section 3.2. Mean, geometric mean, and the mean of the N/2 most confident maps.
+"""Confidence-based ensembling, section 3.2: mean, geometric mean, the mean of the N/2 most confident maps.
 
-Paper: Siddiquee and Myronenko, "Redundancy Reduction in Semantic Segmentation of 3D Brain Tumor MRIs", arXiv:2111.00742. Code: MIT licence.
-Maps are sigmoid probabilities, (N, C, D, H, W): N maps of one case, C regions, each region ensembled by itself.
-The file stands alone: PyTorch, NumPy and nibabel. As a command it merges folders of saved maps, `infer.py --probabilities`'s
-or any other tool's of the same form (one <case>.nii.gz a case, float, X, Y, Z, 3 in the order ET, TC, WT), case by case,
-and writes label maps <case>.nii.gz:
+Paper: Siddiquee and Myronenko, "Redundancy Reduction in Semantic Segmentation of 3D Brain Tumor MRIs",
+arXiv:2111.00742. Code: MIT licence.
+Maps are sigmoid probabilities (N, C, D, H, W): N maps of one case, C regions, each ensembled by itself.
+The file stands alone: PyTorch, NumPy and nibabel. As a command it merges folders of maps, of
+`infer.py --probabilities` or any other tool: one <case>.nii.gz a case, X, Y, Z, 3 in the order ET, TC, WT:
 
     python ensemble.py --method confidence --out merged FOLDER FOLDER ...
 """
 
 import argparse
-import logging
-import math
 import os
 import sys
 from pathlib import Path
@@ -21,46 +19,49 @@ import numpy as np
 import torch
 
 
-def confidence(maps):
-    """The heuristic of section 3.2, "the average probability value of the segmented region".
+def _check(maps):
+    if maps.ndim != 5 or maps.isnan().any():
+        raise ValueError(f"maps are {tuple(maps.shape)} or hold NaN, expected probabilities (N, C, D, H, W)")
 
-    It compares maps of about the same region; "not true when different models produce substantially different region sizes".
-    maps: (N, C, D, H, W) float, in [0, 1]. Returns (N, C) float32: the mean probability over each map's own region, the
-    voxels above 0.5, hence in (0.5, 1]; NaN where a map has no such voxel.
+
+def confidence(maps):
+    """Section 3.2's heuristic, "the average probability value of the segmented region".
+
+    maps: (N, C, D, H, W) float, in [0, 1]. Returns (N, C) float32, in (0.5, 1]: the mean over the voxels above
+    0.5; NaN where a map has none. It compares maps of about one region: "not true when different models produce
+    substantially different region sizes". Like the ensembles, it raises ValueError for NaN or another rank.
     """
+    _check(maps)
     scores = []
-    for p in maps:    # (C, D, H, W), one by one, to need no second copy of all maps
+    for p in maps:    # (C, D, H, W), one at a time, which spares a second copy of all maps
         region = p > 0.5
         inside = torch.where(region, p, 0).sum((1, 2, 3), dtype=torch.float32)
-        scores.append(inside / region.sum((1, 2, 3)))    # (C,); 0 / 0 = NaN: an empty map has no confidence
+        scores.append(inside / region.sum((1, 2, 3)))    # (C,); 0 / 0 = NaN
     return torch.stack(scores)
 
 
 def mean_ensemble(maps):
     """(N, C, D, H, W) probabilities -> their mean (C, D, H, W) float32."""
+    _check(maps)
     return maps.mean(0, dtype=torch.float32)
 
 
 def geometric_mean_ensemble(maps):
-    """(N, C, D, H, W) probabilities -> their geometric mean (C, D, H, W) float32.
-
-    In log space, so that a product of many small numbers does not vanish; one exact 0 makes the voxel 0: exp(log 0) = 0.
-    """
-    return maps.float().log().mean(0).exp()
+    """(N, C, D, H, W) probabilities -> their geometric mean (C, D, H, W) float32, by logs against underflow."""
+    _check(maps)
+    return maps.float().log().mean(0).exp()    # an exact 0 makes the voxel 0: exp(log 0) = 0
 
 
 def confidence_ensemble(maps):
-    """Section 3.2: "the top N/2 probabilities (with equal weights)", chosen by `confidence` for each region by itself.
+    """Section 3.2: "the top N/2 probabilities (with equal weights)" by `confidence`, each region by itself.
 
     (N, C, D, H, W) probabilities -> (C, D, H, W) float32.
 
-    The paper names the weighted mean of all maps as an alternative and found the top N/2 better.
-    Paper: silent on odd N, ties and empty maps. Here: N counts every map, N/2 is rounded up, ties go by the order of the
-    maps. An empty map is never ranked; where at least half of the maps are empty, the plain mean of all is taken.
-    Why: the confidence of an empty map is 0/0, and half of the maps being empty is itself a vote for "absent".
+    Paper: silent on odd N, ties and empty maps. Here: N counts every map, N/2 is rounded up, ties go by the
+    order of the maps. Empty maps are not ranked; where half or more are empty, the mean of all is taken.
+    Why: an empty map's confidence is 0/0, and half of the maps being empty is itself a vote for "absent".
     """
-    scores = confidence(maps)    # (N, C)
-    top = (len(maps) + 1) // 2
+    scores, top = confidence(maps), (len(maps) + 1) // 2    # (N, C)
     merged = []
     for region, score in enumerate(scores.T):
         empty = score.isnan()
@@ -68,139 +69,109 @@ def confidence_ensemble(maps):
             chosen = torch.arange(len(maps), device=maps.device)
         else:
             chosen = score.masked_fill(empty, -1).sort(descending=True, stable=True).indices[:top]
-        merged.append(maps[chosen, region].mean(0, dtype=torch.float32))
+        merged.append(maps[chosen, region].mean(0, dtype=torch.float32))    # (D, H, W)
     return torch.stack(merged)
 
 
 METHODS = {"confidence": confidence_ensemble, "geometric": geometric_mean_ensemble, "mean": mean_ensemble}
 
 
-# ---- the command ------------------------------------------------------------------------------------------------------
-
-
-logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)    # it logs what it then raises
+# ---- the command -------------------------------------------------------------------------------------------
 
 
 class InputError(ValueError):
-    """What the user can mend. The message is one printable line: file or flag, what was found, what was expected."""
-
-    def __init__(self, message):    # file names and other programs' messages may hold anything
-        super().__init__("".join(c if c.isprintable() else "?" for c in " ".join(message.split()))[:1000])
+    """What the user can mend: the file or flag, what was found, what was expected."""
 
 
 def list_cases(folders):
     """Folders -> the sorted names of their *.nii.gz files, which must be the same in every folder."""
-    names = [{path.name for path in folder.glob("*.nii.gz") if not path.name.startswith(".")} for folder in folders]
+    names = [{path.name for path in folder.glob("[!.]*.nii.gz")} for folder in folders]
     for folder, found in zip(folders, names):
-        if not found:
-            what = "no *.nii.gz file in it" if folder.is_dir() else "no such folder"
-            raise InputError(f"{folder}: {what}, expected one probability map <case>.nii.gz a case")
-        missing = sorted(set.union(*names) - found)
-        if missing:
-            raise InputError(f"{folder / missing[0]}: missing ({len(missing)} in all), expected every case in every folder")
+        if missing := sorted(set().union(*names) - found) or [] if found else ["*.nii.gz"]:
+            raise InputError(f"{folder / missing[0]}: no such file, expected every case in every FOLDER")
     return sorted(names[0])
 
 
-def open_nifti(path):
-    """A NIfTI as nibabel opens it, its voxels still on the disk; without its extensions, which nibabel reads whatever length they claim.
-
-    Raises ValueError where the header promises more than the file can hold, InputError for more than three large maps; no memory is taken then.
-    """
-    with nib.openers.ImageOpener(path) as file:
-        start = file.read(540)
-    kind = next((kind for kind in (nib.Nifti1Image, nib.Nifti2Image) if kind.header_class.may_contain_header(start)), None)
-    if kind is None:
-        raise ValueError("no NIfTI header")
-    header = kind.header_class(start[: kind.header_class.template_dtype.itemsize])
-    shape, offset = [int(side) for side in header.get_data_shape()], float(header["vox_offset"])
-    promised = math.prod(shape) * header.get_data_dtype().itemsize
-    held = os.path.getsize(path) * (1032 if str(path).endswith(".gz") else 1)    # what deflate packs into a byte at most
-    if not shape or min(shape) < 1 or not 0 <= offset <= 2**25 or promised + offset > held:
-        raise ValueError(f"its header promises {'x'.join(map(str, shape))} voxels from byte {offset:g} on, more than such a file holds")
-    if math.prod(shape) > 3 * 2**25:
-        raise InputError(f"{path}: {'x'.join(map(str, shape))}, expected at most three maps of {2**25:,} voxels; crop or resample them")
-    return kind(nib.arrayproxy.ArrayProxy(path, header), header.get_best_affine(), header)
-
-
 def load_maps(paths):
-    """Paths of one case's maps -> (N, 3, X, Y, Z) float32 and the first map's image, for affine and header."""
-    images, maps = [], None
+    """Paths of one case's maps -> (N, 3, X, Y, Z) float32, and the first one's image for affine and header."""
+    first, maps = None, None
     for n, path in enumerate(paths):
         try:
-            with np.errstate(all="ignore"):    # a damaged affine or scale
-                image = open_nifti(path)
-                volume = torch.from_numpy(np.asarray(image.dataobj, dtype=np.float32))
-        except InputError:
-            raise
+            image = nib.load(path)
+            first = first or image
+            if image.shape[3:] != (3,) or np.prod(image.shape) > 3 * 2**25 or image.shape != first.shape:
+                raise ValueError(f"shape {image.shape}, expected (X, Y, Z, 3), the same in every FOLDER")
+            if not np.allclose(image.affine, first.affine, atol=1e-2):
+                raise ValueError(f"an affine unlike that of {paths[0]}, expected maps on the same voxels")
+            volume = torch.from_numpy(np.asarray(image.dataobj, np.float32)).movedim(3, 0)    # (3, X, Y, Z)
+            if not (volume.min() > -1e-3 and volume.max() < 1.001):    # true for NaN; resampling overshoots
+                raise ValueError(f"values {volume.min():g} to {volume.max():g}, expected [0, 1]")
+            et, tc, wt = volume > 0.5
+            for inner, outer in ((et, tc), (tc, wt)):    # a young network may have a few stray voxels outside
+                if (inner & ~outer).sum() > max(inner.sum() / 2, inner.numel() / 10_000):
+                    raise ValueError("most of a region lies outside the next larger one, expected ET, TC, WT")
         except Exception as error:    # nibabel, gzip and zlib each raise their own kinds for a damaged file
-            raise InputError(f"{path}: cannot be read ({str(error) or type(error).__name__}), expected a NIfTI file; make it again") from None
-        images.append(image)
-        if volume.ndim != 4 or volume.shape[3] != 3:
-            raise InputError(f"{path}: shape {image.shape}, expected (X, Y, Z, 3): the probabilities of ET, TC and WT")
-        if image.shape != images[0].shape or not np.allclose(image.affine, images[0].affine, atol=1e-2):
-            raise InputError(f"{path}: shape {image.shape} or its affine differs from {paths[0]} with {images[0].shape}, "
-                             "expected maps on the same voxels")
-        if not (volume.min() > -1e-3 and volume.max() < 1.001):    # true for NaN; resampling may overshoot a little
-            raise InputError(f"{path}: values from {volume.min():g} to {volume.max():g}, expected probabilities in [0, 1]")
-        if maps is None:
-            maps = torch.empty(len(paths), 3, *image.shape[:3])
-        maps[n] = volume.clamp(0, 1).movedim(3, 0)    # (X, Y, Z, 3) -> (3, X, Y, Z)
-    return maps, images[0]
+            raise InputError(f"{path}: {error or type(error).__name__}; expected maps in NIfTI") from None
+        maps = torch.empty(len(paths), *volume.shape) if maps is None else maps
+        maps[n] = volume.clamp(0, 1)
+    return maps, first
 
 
-def paint(probabilities, et_label):
-    """(3, X, Y, Z) ET, TC, WT -> uint8 labels (X, Y, Z): WT as 2, over it TC as 1, over it ET as `et_label`, each where p > 0.5."""
-    et, tc, wt = probabilities > 0.5
-    labels = wt.to(torch.uint8) * 2
-    labels[tc] = 1
-    labels[et] = et_label
-    return labels.numpy()
+def labels_of(name):
+    """The labels of necrosis, oedema and enhancing tumour that a case's name tells."""
+    if "-PED-" in name:
+        raise InputError(f"{name}: what BraTS-PED's labels mean depends on the year, expected --labels")
+    return (2, 1, 3) if name.startswith("BRATS_") else (1, 2, 3) if name.startswith("BraTS-") else (1, 2, 4)
 
 
-def save_labels(path, labels, like):
-    """Writes uint8 labels (X, Y, Z) with the affine, codes and units of the image `like`; never half a file under `path`."""
+def save_labels(path, regions, labels, like):
+    """Paints regions (3, X, Y, Z) bool, WT, then TC, then ET, as uint8 `labels`, with `like`'s affine and units."""
+    painted = np.zeros(regions.shape[1:], np.uint8)
+    for region, label in zip(reversed(regions.numpy()), (labels[1], labels[0], labels[2])):
+        painted[region] = label
     header = like.header.copy()
-    header.set_data_shape(labels.shape)
     header.set_data_dtype(np.uint8)
     header["cal_min"] = header["cal_max"] = 0
-    header.set_intent("none")    # "vector" in maps of some tools
-    image = type(like)(labels, like.affine, header)
-    beside = path.with_name(f".{os.getpid()}-{os.urandom(4).hex()}.{path.name}")
+    header.set_intent("none")    # some tools' maps are "vector"
+    part = path.with_name(f".part-{path.name}")
     try:
-        nib.save(image, beside)
-        with open(beside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        nib.save(type(like)(painted, like.affine, header), part)
+        os.replace(part, path)    # whole or not there
     finally:
-        beside.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
+
+
+def merge(args):
+    """Merges every case of `args.folders` into `args.out`. Raises InputError and OSError."""
+    names, folders = list_cases(args.folders), [folder.resolve() for folder in args.folders]
+    if len({*folders, args.out.resolve()}) <= len(folders):
+        raise InputError(f"--out {args.out}: FOLDER and --out name one folder twice, expected each once")
+    args.out.mkdir(parents=True, exist_ok=True)
+    for i, name in enumerate(names, 1):
+        maps, first = load_maps([folder / name for folder in args.folders])
+        save_labels(args.out / name, METHODS[args.method](maps) > 0.5, args.labels or labels_of(name), first)
+        print(f"{i}/{len(names)} {name}", end="\r" if sys.stdout.isatty() else "\n", flush=True)
+    print(f"{len(names)} cases, {args.method} of {len(folders)} maps each, in {args.out}")
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Merges folders of probability maps into segmentations (section 3.2).")
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="one <case>.nii.gz a case: float, X, Y, Z, 3 in ET, TC, WT")
+    parser = argparse.ArgumentParser(description="Merges folders of probability maps into segmentations.")
+    folder = lambda text: Path(text).expanduser()
+    parser.add_argument("folders", nargs="+", type=folder, metavar="FOLDER",
+                        help="one <case>.nii.gz a case: float, X, Y, Z, 3 in the order ET, TC, WT")
     parser.add_argument("--method", choices=METHODS, default="confidence", help="(default: %(default)s)")
-    parser.add_argument("--out", type=Path, required=True, help="gets one <case>.nii.gz a case: uint8 labels")
-    parser.add_argument("--et-label", type=int, choices=(3, 4), default=4, help="4 up to BraTS 2021, 3 from 2023 on")
-    parser.error = lambda message: parser.exit(2, f"ensemble.py: error: {message}; --help lists what there is\n")    # without the usage: one line
+    parser.add_argument("--out", type=folder, required=True, help="gets <case>.nii.gz: uint8 labels")
+    parser.add_argument("--labels", type=int, nargs=3, metavar=("NECROSIS", "OEDEMA", "ENHANCING"),
+                        help="to write (default: by name, BraTS-* 1 2 3, BRATS_* 2 1 3, any other 1 2 4)")
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="replace")    # for a name that the log's encoding lacks
     try:
-        names = list_cases(args.folders)
-        if len({folder.resolve() for folder in args.folders}) < len(args.folders):
-            raise InputError("FOLDER: one is given twice and would count twice, expected each once")
-        if args.out.resolve() in [folder.resolve() for folder in args.folders]:
-            raise InputError(f"--out {args.out}: is one of the folders to merge, expected another one")
-        args.out.mkdir(parents=True, exist_ok=True)
-        for i, name in enumerate(names, 1):
-            maps, first = load_maps([folder / name for folder in args.folders])
-            save_labels(args.out / name, paint(METHODS[args.method](maps), args.et_label), first)
-            del maps    # before the next case's are read
-            print(f"\r{i}/{len(names)} {name}\033[K" if sys.stdout.isatty() else f"{i}/{len(names)} {name}",
-                  end="" if sys.stdout.isatty() and i < len(names) else "\n", flush=True)
-    except InputError as error:
-        parser.exit(2, f"ensemble.py: error: {error}\n")
-    except OSError as error:
-        parser.exit(2, f"ensemble.py: error: {error.filename or args.out}: {error.strerror or error}, expected a folder that can be written\n")
-    print(f"{len(names)} cases, {args.method} of {len(args.folders)} maps each, in {args.out}")
+        merge(args)
+    except (InputError, OSError) as error:
+        text = f"{error.filename or args.out}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        parser.exit(2, f"ensemble.py: error: {' '.join(text.split())}\n")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":
