@@ -1,19 +1,22 @@
-"""A synthetic cohort in the layout of BraTS 2021: to try every command of this project without the real data.
+"""A synthetic cohort: to try every command of this project without the real data.
 
-    python examples/phantom.py DIR [--cases 12] [--shape 240 240 155] [--seed 0] [--first 0]
+    python examples/phantom.py DIR [--like COHORT] [--cases 12] [--shape 240 240 155] [--seed 0] [--first 0]
 
-writes DIR/BraTS2021_00000/BraTS2021_00000_{t1,t1ce,t2,flair,seg}.nii.gz and so on. Each case is a skull-stripped head
-with cortex, white matter, ventricles and vessels, and one tumour: oedema around a core whose rim enhances around
-necrosis. Scanner gain, contrast, bias field, resolution and noise differ from case to case. About one case in ten does
-not enhance, and about one in three is bright in FLAIR on the healthy side as well (the failure of the paper's Figure 2).
+writes DIR/BraTS2021_00000/BraTS2021_00000_{t1,t1ce,t2,flair,seg}.nii.gz and so on.
+--like brats2023, ucsf, upenn or decathlon writes the same voxels in that cohort's names, folders and labels.
+
+A case is a skull-stripped head with cortex, white matter, ventricles and vessels.
+Its one tumour is oedema around a core whose rim enhances around necrosis.
+Scanner gain, contrast, bias field, resolution and noise differ from case to case.
+About one case in ten does not enhance.
+About one in three is bright in FLAIR on the healthy side as well (the failure of the paper's Figure 2).
 Nothing here comes from a patient, and no figure measured on it says anything about one.
 
-A case depends on the seed and its number alone. Anatomy is laid out in fractions of the volume: a small shape is the
-same head seen coarsely, drawn from the same random numbers; only noise and rounding differ.
+A case depends on the seed and its number alone.
+Anatomy is laid out in fractions of the volume, so a small shape is the same head seen coarsely.
+It is drawn from the same random numbers; only noise and rounding differ.
 """
 import argparse
-import os
-import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -21,6 +24,16 @@ import numpy as np
 from scipy import ndimage
 
 MODALITIES = "t1", "t1ce", "t2", "flair"
+LAYOUTS = {  # case; images, suffix: index in MODALITIES; segmentation, labels of necrosis, oedema, enhancing
+    "brats2021": ("BraTS2021_{:05}", "{0}/{0}_{1}", {"t1": 0, "t1ce": 1, "t2": 2, "flair": 3},
+                  "{0}/{0}_seg", (1, 2, 4)),
+    "brats2023": ("BraTS-GLI-{:05}-000", "{0}/{0}-{1}", {"t1n": 0, "t1c": 1, "t2w": 2, "t2f": 3},
+                  "{0}/{0}-seg", (1, 2, 3)),
+    "ucsf": ("UCSF-PDGM-{:04}", "{0}_nifti/{0}_{1}", {"T1": 0, "T1c": 1, "T2": 2, "FLAIR": 3},
+             "{0}_nifti/{0}_tumor_segmentation", (1, 2, 4)),
+    "upenn": ("UPENN-GBM-{:05}_11", "images_structural/{0}/{0}_{1}",
+              {"T1": 0, "T1GD": 1, "T2": 2, "FLAIR": 3}, "images_segm/{0}_segm", (1, 2, 4)),
+    "decathlon": ("BRATS_{:03}", "imagesTr/{0}", {"": [3, 0, 1, 2]}, "labelsTr/{0}", (2, 1, 3))}  # 4-D images
 OUTSIDE, GREY, WHITE, CSF, VESSEL, LOOKALIKE, OEDEMA, NECROSIS, RIM = range(9)
 LABELS = {NECROSIS: 1, OEDEMA: 2, RIM: 4}
 MEANS = np.array([  # brightness of each tissue, white matter being 1; rows are MODALITIES
@@ -43,16 +56,16 @@ NOISE = 0.02, 0.06          # sd, white matter being 1
 
 
 def axes(shape):
-    """-> x (left), y (posterior), z (superior), each from -1 to 1 across `shape`; they broadcast to it, float32."""
+    """-> x (left), y (posterior), z (superior), each from -1 to 1; they broadcast to `shape`, float32."""
     return np.meshgrid(*(np.linspace(-1, 1, n, dtype=np.float32) for n in shape), indexing="ij", sparse=True)
 
 
 def smooth(rng, shape, cells):
-    """A smooth random field, mean about 0, sd 1: cells x cells x cells numbers, interpolated. -> `shape`, float32."""
+    """A smooth random field, mean about 0, sd 1, from cells x cells x cells numbers. -> `shape`, float32."""
     field = rng.standard_normal((cells,) * 3, dtype=np.float32)
     for size in shape:
-        # Zooming an identity matrix gives the interpolation weights of one axis; an axis at a time is fast. Each
-        # product takes the first axis and puts it last, so after three they are in order again.
+        # Zooming an identity matrix gives the interpolation weights of one axis; an axis at a time is fast.
+        # Each product takes the first axis and puts it last, so after three they are in order again.
         weights = ndimage.zoom(np.eye(cells, dtype=np.float32), (size / cells, 1))  # (size, cells)
         field = np.tensordot(field, weights, (0, 1))
     return field / field.std()
@@ -76,7 +89,7 @@ def traits(rng):
 
 
 def healthy(rng, shape):
-    """A head without a tumour. -> tissue (uint8), and where a tumour may grow: the cerebrum without its ventricles."""
+    """A head without a tumour. -> tissue (uint8), where a tumour may grow: cerebrum less ventricles."""
     x, y, z = axes(shape)
     x = x + 0.02 * smooth(rng, shape, 5)  # the midline wobbles: no head is its own mirror image
     width, height = rng.uniform(0.90, 0.98), rng.uniform(0.86, 0.94)
@@ -92,7 +105,7 @@ def healthy(rng, shape):
     brain = depth > 0
     tissue[brain & ((depth < 0.07) | (np.abs(fold) < 1 - depth / 0.36)) & (stem < 0)] = GREY
     tissue[brain & (np.abs(fold) < 0.22 * (1 - depth / 0.22))] = CSF
-    tissue[radius((np.abs(x), y, z), (0.27, 0.02, 0.02), (0.12, 0.24, 0.17)) < 1] = GREY  # basal ganglia, thalamus
+    tissue[radius((np.abs(x), y, z), (0.27, 0.02, 0.02), (0.12, 0.24, 0.17)) < 1] = GREY  # basal ganglia
     tissue[brain & (np.abs(cerebrum - cerebellum) < 0.02)] = CSF  # under the tentorium
     tissue[brain & (np.abs(x) < 0.02) & (z > 0) & (depth < 0.4)] = CSF  # between the hemispheres
     tissue[brain & (np.abs(x) < 0.05) & (z > -0.2) & (y > -0.5) & (depth < 0.06)] = VESSEL  # sagittal sinus
@@ -106,13 +119,13 @@ def healthy(rng, shape):
 
 
 def add_tumour(rng, tissue, cerebrum, side, enhancing, lookalike):
-    """Draw a tumour, and a lookalike on the other side if the case has one, into `tissue` (changed in place)."""
+    """Draw a tumour, and a lookalike on the other side where there is one, into `tissue` (in place)."""
     shape, (x, y, z), brain = tissue.shape, axes(tissue.shape), (tissue > OUTSIDE).sum()
     centre = side * rng.uniform(0.35, 0.60), rng.uniform(-0.55, 0.50), rng.uniform(0, 0.45)
     stretch = rng.uniform(0.8, 1.25, 3) * (1.25, 1, 1.25)  # y spans more millimetres than x and z do
     whole, core, necrotic = (rng.uniform(*limits) for limits in (WHOLE_TUMOUR, CORE, NECROTIC))
     distance = radius((x, y, z), centre, stretch)
-    # Volumes are set by counting voxels, so that they hold wherever the skull or a ventricle cuts the tumour off.
+    # Volumes are set by counting voxels, so that they hold where skull or ventricle cut the tumour off.
     oedema = grow(distance + 0.08 * smooth(rng, shape, 9), cerebrum & (side * x > 0.01), whole * brain)
     core = grow(distance + 0.04 * smooth(rng, shape, 9), oedema, core * oedema.sum())
     necrosis = grow(distance + 0.03 * smooth(rng, shape, 12), core, necrotic * core.sum())
@@ -128,14 +141,15 @@ def add_tumour(rng, tissue, cerebrum, side, enhancing, lookalike):
 
 
 def scan(rng, tissue, millimetres):
-    """One modality after another, as a scanner might see `tissue`. -> int16 images (4, *tissue.shape), 0 outside
+    """One modality after another, as a scanner might see `tissue`. -> (4, *tissue.shape) int16, 0 outside
 
     millimetres: size of a voxel along each axis, if the whole volume is 240 x 240 x 155 mm
     """
     images = np.zeros((4, *tissue.shape), np.int16)
     for image, means in zip(images, MEANS):
         means = means ** rng.uniform(*CONTRAST) * np.exp(JITTER * rng.standard_normal(means.size))
-        texture, bias = 0.06 * smooth(rng, tissue.shape, 18), rng.uniform(*BIAS) * smooth(rng, tissue.shape, 3)
+        texture = 0.06 * smooth(rng, tissue.shape, 18)
+        bias = rng.uniform(*BIAS) * smooth(rng, tissue.shape, 3)
         blur = rng.uniform(0.3, 0.8, 3)  # mm, sd
         if rng.random() < 0.5:
             blur[rng.integers(3)] = rng.uniform(1.0, 2.5)  # thick slices
@@ -143,7 +157,7 @@ def scan(rng, tissue, millimetres):
         seen = means.astype(np.float32)[tissue] * np.exp(texture + bias)
         # A voxel averages over its own extent as well: 0.4 voxels.
         seen = ndimage.gaussian_filter(seen, np.hypot(0.4, blur / millimetres), truncate=3)
-        seed = rng.integers(2**63)  # noise has its own generator: its length depends on the shape, nothing else may
+        seed = rng.integers(2**63)  # noise has its own generator: its length alone depends on the shape
         seen += noise * np.random.default_rng(seed).standard_normal(tissue.shape, dtype=np.float32)
         image[:] = np.where(tissue > OUTSIDE, np.clip(gain * seen, 1, 32767), 0)
     return images
@@ -171,58 +185,49 @@ def make_case(shape, seed, number):
 
 
 def save(path, volume):
-    """Write a NIfTI file with BraTS 2021's header. It appears under its name only once it is complete."""
+    """Write a volume (X, Y, Z) or (X, Y, Z, 4) as a NIfTI file with BraTS 2021's header."""
     affine = np.array([[-1., 0, 0, 0], [0, -1, 0, volume.shape[1] - 1], [0, 0, 1, 0], [0, 0, 0, 1]])
     image = nib.Nifti1Image(volume, affine)
     image.set_sform(affine, code=1)
     image.set_qform(affine, code=1)
     image.header.set_xyzt_units("mm")
-    partial = path.with_name(f".partial_{path.name}")
-    try:
-        nib.save(image, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(image, path)
 
 
-def fail(message):
-    print(f"phantom.py: error: {message}", file=sys.stderr)
-    sys.exit(2)
+def save_case(folder, layout, number, images, labels):
+    """Write what `make_case` returned below `folder`, as the row `layout` of LAYOUTS lays a case out."""
+    name, image_path, suffixes, labels_path, (necrosis, oedema, enhancing) = LAYOUTS[layout]
+    name, images = name.format(number), images.transpose(1, 2, 3, 0)
+    for suffix, modality in suffixes.items():
+        save(folder / f"{image_path.format(name, suffix)}.nii.gz", images[..., modality])
+    recoded = np.array([0, necrosis, oedema, 0, enhancing], np.uint8)[labels]
+    save(folder / f"{labels_path.format(name)}.nii.gz", recoded)
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="phantom.py", description="Write a synthetic cohort in BraTS 2021's layout.")
+    parser = argparse.ArgumentParser(description="Write a synthetic cohort.")
     parser.add_argument("dir", metavar="DIR", type=Path, help="folder of the cohort; made if missing")
+    parser.add_argument("--like", choices=LAYOUTS, default="brats2021",
+                        help="whose naming, layout and labels (default: %(default)s)")
     parser.add_argument("--cases", type=int, default=12, help="how many (default: %(default)s)")
     parser.add_argument("--shape", type=int, nargs=3, default=(240, 240, 155), metavar=("X", "Y", "Z"),
                         help="voxels, at least 32 a side (default: 240 240 155)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, another cohort (default: %(default)s)")
-    parser.add_argument("--first", type=int, default=0, help="number of the first case (default: %(default)s)")
-    parser.error = fail  # a mistake is one line, without the usage
+    parser.add_argument("--seed", type=int, default=0, help="of the cohort (default: %(default)s)")
+    parser.add_argument("--first", type=int, default=0, help="the first case's number (default: %(default)s)")
     args = parser.parse_args()
-    if args.cases < 1:
-        fail(f"--cases {args.cases}: at least 1 is needed")
-    if min(args.shape) < 32:
-        fail(f"--shape {' '.join(map(str, args.shape))}: every side must be at least 32")
-    if min(args.seed, args.first) < 0:
-        fail("--seed and --first cannot be negative")
+    if args.cases < 1 or min(args.shape) < 32 or min(args.seed, args.first) < 0:
+        parser.error("--cases is at least 1, a side of --shape at least 32, --seed and --first at least 0")
 
-    plain = bright = 0
-    for number in range(args.first, args.first + args.cases):
-        images, labels = make_case(args.shape, args.seed, number)
-        name = f"BraTS2021_{number:05d}"
-        try:
-            (args.dir / name).mkdir(parents=True, exist_ok=True)
-            for suffix, volume in zip((*MODALITIES, "seg"), (*images, labels)):
-                save(args.dir / name / f"{name}_{suffix}.nii.gz", volume)
-        except OSError as error:
-            fail(f"cannot write {args.dir / name}: {error.strerror or error}")
-        _, enhancing, lookalike = traits(np.random.default_rng((args.seed, number)))
-        plain, bright = plain + (not enhancing), bright + lookalike
-        if sys.stdout.isatty():
-            print(f"\r{number - args.first + 1}/{args.cases} cases", end="", flush=True)
-    print(f"{chr(13) if sys.stdout.isatty() else ''}{args.cases} case{'s' * (args.cases > 1)} of {' x '.join(map(str, args.shape))} voxels, "
-          f"seed {args.seed}, in {args.dir}: {plain} without enhancement, {bright} bright in FLAIR on the healthy side")
+    numbers = range(args.first, args.first + args.cases)
+    try:
+        for number in numbers:
+            save_case(args.dir, args.like, number, *make_case(args.shape, args.seed, number))
+    except OSError as error:
+        parser.exit(2, f"phantom.py: error: {error}\n")
+    _, enhancing, lookalike = zip(*(traits(np.random.default_rng((args.seed, number))) for number in numbers))
+    print(f"{args.dir}: cases {args.cases}, voxels {' x '.join(map(str, args.shape))}, seed {args.seed}; "
+          f"without enhancement {args.cases - sum(enhancing)}, bright on the healthy side {sum(lookalike)}")
 
 
 if __name__ == "__main__":
