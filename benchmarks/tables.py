@@ -1,41 +1,63 @@
-"""The ablation's tables and conclusions, out of its CSVs.
+"""The ablation's answers: every figure of RESULTS.md and of README's results, out of the CSVs in results/.
 
-    python benchmarks/tables.py                  # of the study in benchmarks/results, which is committed
-    python benchmarks/tables.py runs/ablation    # of another, as ablation.py left it
-    python benchmarks/tables.py --write          # into RESULTS.md too, between its markers
+    python benchmarks/tables.py                  # all tables of the three committed studies
+    python benchmarks/tables.py runs/ablation    # of another study, as ablation.py left it
+    python benchmarks/tables.py --write          # into RESULTS.md and README.md, between their markers
 
-A difference is paired: the same seed, so the same first weights, crops and views, and the same held-out case. What only one of the two
-arms has, in a study that was interrupted, is left out. An interval is a 95 % percentile bootstrap over seeds and cases at once: both are
-drawn anew, with replacement, 10,000 times.
+A difference is paired: the same seed, so the same first weights, crops and views, and the same held-out
+case. What only one arm has, in a study that was interrupted, is left out. An interval is a 95 % percentile
+bootstrap over seeds and cases at once: both are drawn anew, with replacement, 10,000 times.
 """
 
 import argparse
 import csv
 import gzip
 import re
-import sys
+import textwrap
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
 HERE = Path(__file__).resolve().parent
+PAGES = HERE / "RESULTS.md", HERE.parent / "README.md"
+COMMITTED = {"patients, 4 mm": "real_4mm", "patients, 2 mm": "real_2mm", "phantoms": "phantom"}
 REGIONS = ("ET", "TC", "WT")
 DICE, HD95 = ([f"{measure}_{region.lower()}" for region in REGIONS] for measure in ("dice", "hd95"))
 PERTURBED = ("bias field", "contrast", "noise")
-CONDITIONS = ("as trained", *PERTURBED)
+SINGLES = tuple(f"single {i}" for i in range(5))
+POOLED = {"as trained": "as trained", "perturbed": PERTURBED, "all four": ("as trained", *PERTURBED)}
 
 
-# ---- rows -------------------------------------------------------------------------------------------------------------
+# ---- rows --------------------------------------------------------------------------------------------------
 
 
-def read(folder, name):
-    """FOLDER/<name>.csv or <name>.csv.gz -> its rows, dicts of strings; none if there is neither."""
-    for path, opened in ((folder / f"{name}.csv", open), (folder / f"{name}.csv.gz", gzip.open)):
-        if path.exists():
-            with opened(path, "rt", newline="") as file:
-                return list(csv.DictReader(file))
-    return []
+class Study(NamedTuple):
+    """The rows of a study's CSVs, dicts of strings."""
+
+    name: str
+    cases: int          # all of them, trained on or held out
+    scores: list        # a row a network and held-out case; the folds' networks are in the next two
+    maps: list          # a row a map and region
+    ensembles: list     # a row a case, region and way to merge
+
+
+def read(path):
+    """A CSV, gzipped or not -> its rows."""
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def load(pattern, name="cases"):
+    """pattern: the path of the three CSVs, with a * for scores, maps, ensembles"""
+    paths = (Path(str(pattern).replace("*", what)) for what in ("scores", "maps", "ensembles"))
+    scores, maps, ensembles = map(read, paths)
+    return Study(name, len({row["case"] for row in scores}), of(scores, fold="-1"), maps, ensembles)
+
+
+def load_committed():
+    return [load(HERE / "results" / f"{files}_*.csv.gz", name) for name, files in COMMITTED.items()]
 
 
 def of(rows, **wanted):
@@ -44,323 +66,294 @@ def of(rows, **wanted):
     return [row for row in rows if all(row[key] in values for key, values in wanted.items())]
 
 
-def cells(rows, columns):
-    """-> {(seed, case, what was tested): the mean over `columns`, and over the rows that agree in all of these}"""
-    values = {}
-    for row in rows:
-        key = row["seed"], row["case"], *(row.get(name) for name in ("cohort", "cases", "condition", "region"))
-        values.setdefault(key, []).append(np.mean([float(row[column]) for column in columns]))
-    return {key: np.mean(value) for key, value in values.items()}
-
-
-def average(rows, columns):
-    return np.mean(list(cells(rows, columns).values()))
-
-
 def grid(values):
-    """{(seed, case, ...): value} -> array (seeds, cases): means over what has the same seed and case, NaN where nothing has."""
+    """{(seed, case, ...): value} -> (seeds, cases): means over what shares the two, NaN for a gap."""
     seeds, cases = (sorted({key[i] for key in values}) for i in range(2))
-    sums, counts = np.zeros((2, len(seeds), len(cases)))
-    for key, value in values.items():
-        at = seeds.index(key[0]), cases.index(key[1])
-        sums[at] += value
-        counts[at] += 1
-    return np.where(counts, sums / np.maximum(counts, 1), np.nan)
+    found = {}
+    for (seed, case, *_), value in values.items():
+        found.setdefault((seed, case), []).append(value)
+    return np.array([[np.mean(found.get((seed, case), np.nan)) for case in cases] for seed in seeds])
 
 
 def paired(one, other, columns):
-    """The rows of two arms -> array (2, seeds, cases) of the mean over `columns`, out of what both arms have."""
-    values = [cells(rows, columns) for rows in (one, other)]
-    shared = values[0].keys() & values[1].keys()
-    return np.stack([grid({key: arm[key] for key in shared}) for arm in values])
+    """The rows of two arms -> (2, seeds, cases): the mean over `columns`, out of what both arms have."""
+    arms = {}, {}
+    for arm, rows in zip(arms, (one, other)):
+        for row in rows:
+            tested = (row.get(name) for name in ("cohort", "cases", "condition", "region"))
+            value = sum(float(row[column]) for column in columns) / len(columns)
+            arm.setdefault((row["seed"], row["case"], *tested), []).append(value)
+    shared = arms[0].keys() & arms[1].keys()
+    return np.stack([grid({key: np.mean(arm[key]) for key in shared}) for arm in arms])
 
 
 def interval(values, draws=10_000):
     """(seeds, cases), NaN where unknown -> its mean, and both ends of the mean's 95 % bootstrap interval."""
     rng = np.random.default_rng(0)
-    seed_counts, case_counts = (rng.multinomial(n, np.full(n, 1 / n), draws) for n in values.shape)    # (draws, n): how often each is drawn
+    seeds, cases = (rng.multinomial(n, np.full(n, 1 / n), draws) for n in values.shape)    # (draws, n)
     known = ~np.isnan(values)
-    total, number = (((seed_counts @ array) * case_counts).sum(1) for array in (np.where(known, values, 0.0), known))
+    total, number = (((seeds @ array) * cases).sum(1) for array in (np.where(known, values, 0.0), known))
     return np.nanmean(values), *np.percentile((total / np.maximum(number, 1))[number > 0], (2.5, 97.5))
 
 
+# ---- what is asked of a study ------------------------------------------------------------------------------
+
+
+def term(study, columns=DICE, arms=("without", "with"), condition="as trained"):
+    """-> (2, seeds, cases): two arms' networks on the held-out cases."""
+    return paired(*(of(study.scores, arm=arm, condition=condition) for arm in arms), columns)
+
+
+def merged(study, way="top N/2 by confidence", maps="5 maps"):
+    """-> (2, seeds, cases): Dice of ET, TC, WT of the maps' plain mean, and of another way to merge them."""
+    return paired(*(of(study.ensembles, maps=maps, way=name) for name in ("mean", way)), ["dice"])
+
+
+def maps_of(study, region, flips="0"):
+    """-> {(seed, case): (4, maps)}: confidence (NaN of an empty map), Dice, voxels, true voxels"""
+    groups = {}
+    for row in of(study.maps, region=region, flip=tuple(flips)):
+        values = [float(row[name]) for name in ("confidence", "dice", "voxels", "truth")]
+        groups.setdefault((row["seed"], row["case"]), []).append(values)
+    return {key: np.array(values).T for key, values in groups.items()}
+
+
+def spearman(one, other):
+    """Of what both know; NaN for fewer than three pairs, or where either side is one value."""
+    known = ~np.isnan(one + other)
+    one, other = one[known], other[known]
+    return stats.spearmanr(one, other).statistic if len(one) > 2 and np.ptp(one) and np.ptp(other) else np.nan
+
+
+def ranks(groups, one=0, other=1):
+    """Spearman's rho of two rows over each case's maps -> {(seed, case): rho}, where there is one."""
+    rhos = {key: spearman(values[one], values[other]) for key, values in groups.items()}
+    return {key: rho for key, rho in rhos.items() if not np.isnan(rho)}
+
+
+def usual(groups):
+    """-> {seed: (4, networks)}, each network's means over the cases."""
+    seeds = dict.fromkeys(seed for seed, _ in groups)
+    return {seed: np.nanmean([groups[key] for key in groups if key[0] == seed], 0) for seed in seeds}
+
+
+def without_usual(groups):
+    """The maps, less their network's means over the cases: its usual confidence, its usual Dice."""
+    level = usual(groups)
+    return {key: values - level[key[0]] for key, values in groups.items()}
+
+
+# ---- Markdown ----------------------------------------------------------------------------------------------
+
+
 def signed(values, digits=4):
-    mean, low, high = (f"{x:+.{digits}f}" for x in interval(values))
-    return f"{mean} [{low}, {high}]"
+    """'mean [its interval]'; nothing, where the study has none."""
+    return "{:+.{n}f} [{:+.{n}f}, {:+.{n}f}]".format(*interval(values), n=digits) if values.size else ""
 
 
-def compared(pair, digits=3):
-    """An array of `paired` -> 'one, other: difference [its interval]'"""
-    one, other = (f"{np.nanmean(arm):.{digits}f}" for arm in pair)
-    return f"{one}, {other}: {signed(pair[1] - pair[0], digits)}"
+def change(pair, digits=4):
+    return signed(pair[1] - pair[0], digits)
 
 
-def extent(values):
-    return " x ".join(map(str, values.shape[-2:]))
+def from_to(pair, digits=4):
+    """'one to other: difference [its interval]'"""
+    return "{:.{n}f} to {:.{n}f}: ".format(*np.nanmean(pair, (1, 2)), n=digits) + change(pair, digits)
 
 
 def table(head, rows):
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [head, ["---"] * len(head), *rows])
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows])
 
 
-def settings(scores):
-    """The (cohort, training cases) that both primary arms have, in the order of the study; the secondary arms have the last."""
-    without, with_term = (dict.fromkeys((row["cohort"], row["cases"]) for row in of(scores, arm=arm)) for arm in ("without", "with"))
-    return [setting for setting in without if setting in with_term]
+def side_by_side(studies, first, questions):
+    """A column a study, and a row a question: {name: function of a study, '' where nothing was run}."""
+    rows = [[name, *(ask(study) or "not run" for study in studies)] for name, ask in questions.items()]
+    return table([first, *(study.name for study in studies)], rows)
 
 
-# ---- the term ---------------------------------------------------------------------------------------------------------
+def of_regions(ask, flips="0"):
+    """A function of `maps_of` -> one of a study, that says 'ET's answer; TC's; WT's'."""
+    return lambda study: "; ".join(ask(maps_of(study, region, flips)) for region in REGIONS)
 
 
-def without_and_with(scores, columns, **wanted):
-    return paired(of(scores, arm="without", **wanted), of(scores, arm="with", **wanted), columns)
+def sentence(studies, what, ask):
+    """'On 56 patients ...': what was found, each study's interval, and what the intervals allow to say."""
+    found, words = [], {}
+    for study in studies:
+        pair = ask(study)
+        _, low, high = interval(pair[1] - pair[0])
+        words["better" if low > 0 else "worse" if high < 0 else "cannot be told from no change"] = None
+        scale = "".join(f"{scale}, " for scale in study.name.split(", ")[1:])
+        found.append(f"{change(pair)} ({scale}{pair.shape[1]} seed{'s' * (pair.shape[1] > 1)})")
+    who = "phantoms" if study.name == "phantoms" else f"{study.cases} {study.name.split(', ')[0]}"
+    text = f"On {who}, {pair.shape[2]} of them held out, {what} changes mean Dice by {' and '.join(found)}: "
+    return textwrap.fill(f"- {text}{', '.join(words)}.", 110, subsequent_indent="  ", break_on_hyphens=False)
 
 
-def primary_rows(scores):
-    """[(cohort, training cases, tested), the rows' filter] of every comparison of the two arms, the pooled ones last."""
-    rows = [((cohort, cases, condition), {"cohort": cohort, "cases": cases, "condition": condition})
-            for cohort, cases in settings(scores) for condition in CONDITIONS]
-    pooled = (("as trained", CONDITIONS[:1]), ("perturbed", PERTURBED), ("all four", CONDITIONS))
-    return rows + [(("all", "all", name), {"condition": conditions}) for name, conditions in pooled]
+def in_short(studies):
+    cohorts = {}
+    for study in studies:
+        cohorts.setdefault(study.name.split(",")[0], []).append(study)
+    claims = {"the Barlow Twins term": term, "merging five maps by confidence, not by their mean,": merged}
+    return "\n".join(sentence(these, what, ask) for what, ask in claims.items() for these in cohorts.values())
 
 
-def primary(scores):
-    rows = []
-    for names, wanted in primary_rows(scores):
-        pair = without_and_with(scores, DICE, **wanted)
-        difference = pair[1] - pair[0]
-        better = f"{(np.nanmean(difference, 1) > 0).sum()} of {len(difference)}"
-        rows.append([*names, *(f"{np.nanmean(arm):.4f}" for arm in pair), signed(difference), better, extent(difference)])
-    return table(["cohort", "training cases", "tested", "without", "with", "difference [95 %]", "seeds better", "seeds x cases"], rows)
+def by_seed(pair):
+    values = np.nanmean(pair[1] - pair[0], 1)
+    return f"{(values > 0).sum()} of {len(values)}: " + ", ".join(f"{x:+.3f}" for x in values)
 
 
-def by_region(scores, columns, digits):
-    rows = [[*names, *(compared(without_and_with(scores, [column], **wanted), digits) for column in columns)]
-            for names, wanted in primary_rows(scores)]
-    return table(["cohort", "training cases", "tested", *(f"{region}: without, with: difference [95 %]" for region in REGIONS)], rows)
+def alone(pair):
+    """The interval, were seeds alone to vary; were cases alone."""
+    means = (np.nanmean(pair[1] - pair[0], axis, keepdims=True) for axis in (1, 0))
+    return "; ".join(signed(values).split(" ", 1)[1] for values in means)
 
 
-def secondary_rows(scores):
-    """-> the setting of the secondary arms, {arm: its rows}, of the seeds that they have; of all seeds as long as there are none"""
-    cohort, cases = settings(scores)[-1]
-    here = of(scores, cohort=cohort, cases=cases)
-    others = [row for row in here if row["arm"] not in ("without", "with")]
-    seeds = tuple({row["seed"] for row in others or here})
-    return (cohort, cases), {arm: of(here, arm=arm, seed=seeds) for arm in dict.fromkeys(row["arm"] for row in here)}
+def rho(groups):
+    return signed(grid(ranks(groups)), 2)
 
 
-def secondary(scores):
-    (cohort, cases), arms = secondary_rows(scores)
+def answers(studies):
+    return side_by_side(studies, "mean Dice, but for the last two rows", {
+        "the term at 1/dim, cases as trained": lambda study: from_to(term(study)),
+        "seeds in which it helps": lambda study: by_seed(term(study)),
+        "the first two seeds alone": lambda study: change(term(study)[:, :2]),
+        "the interval by seeds alone; by cases alone": lambda study: alone(term(study)),
+        "the term, perturbed cases": lambda study: from_to(term(study, condition=PERTURBED)),
+        "the literal weight 1 to no term": lambda study: change(term(study, arms=("without", "weight 1"))),
+        "top N/2 of 5 maps to their mean": lambda study: from_to(merged(study)),
+        "the network that validates best to that mean": lambda study: from_to(merged(study, "best single")),
+        "top N/2 of 40 maps to their mean": lambda study: from_to(merged(study, maps="40 maps")),
+        "effective rank of the features, of 8": lambda study: from_to(term(study, ["effective_rank"]), 2),
+        "rho of confidence and Dice of a case's 5 maps: ET; TC; WT": of_regions(rho),
+    })
+
+
+def terms(studies, condition):
+    """The term in every cohort, with every number of training cases."""
     lines = []
-    for arm, rows in arms.items():
-        line = [arm]
-        for conditions in (CONDITIONS[:1], PERTURBED):
-            mine = of(rows, condition=conditions)
-            line.append(f"{average(mine, DICE):.4f}")
-            for reference in ("without", "with"):
-                _, other = pair = paired(of(arms[reference], condition=conditions), mine, DICE)
-                line.append("" if arm == reference else signed(other - pair[0], 3))
-        lines.append([*line, extent(pair)])
-    differences = ["to without [95 %]", "to with [95 %]"]
-    return table([f"{cohort}, {cases} cases", "as trained", *differences, "perturbed", *differences, "seeds x cases"], lines)
+    for study in studies:
+        rows = of(study.scores, condition=condition)
+        for cohort, cases in dict.fromkeys((row["cohort"], row["cases"]) for row in of(rows, arm="with")):
+            arms = [of(rows, cohort=cohort, cases=cases, arm=arm) for arm in ("without", "with")]
+            regions = [change(paired(*arms, [column]), 3 if column in DICE else 1) for column in DICE + HD95]
+            lines.append([study.name, cohort, cases, from_to(paired(*arms, DICE)), *regions])
+    hd95 = [f"HD95 {region}, mm" for region in REGIONS]
+    return table(["study", "cohort", "to train on", "mean Dice", *REGIONS, *hd95], lines)
 
 
-def features(scores):
-    """What the term does to the features of held-out crops, and to its own projections z."""
-    names = {"c_diagonal": "diagonal of C", "c_off_diagonal": "rms off the diagonal", "effective_rank": "effective rank"}
-    lines = []
-    for cohort, cases in settings(scores):
-        here = of(scores, cohort=cohort, cases=cases, condition="as trained")
-        for arm in dict.fromkeys(row["arm"] for row in here):
-            mine, line = of(here, arm=arm), [cohort, cases, arm]
-            for name in names:
-                pair = paired(of(here, arm="without"), mine, [name])
-                line.append(f"{np.nanmean(pair[1]):.3f}" + ("" if arm == "without" else f", {signed(pair[1] - pair[0], 3)}"))
-            line += [f"{average(mine, [name]):.3f}" if mine[0][name] else "" for name in ("z_diagonal", "z_off_diagonal")]
-            lines.append([*line, extent(pair)])
-    head = ["cohort", "training cases", "arm", *(f"{name}, to without [95 %]" for name in names.values()), "of z: diagonal", "of z: off it",
-            "seeds x cases"]
-    return table(head, lines)
+def arms(studies, other, condition="as trained", columns=DICE):
+    """The term's variants to another arm, in the studies that have them."""
+    names = dict.fromkeys(row["arm"] for study in studies for row in study.scores)
+    names = [name for name in names if name not in ("without", "with")]
+    return side_by_side(studies, f"to the arm *{other}*", {
+        arm: lambda study, arm=arm: change(term(study, columns, (other, arm), condition)) for arm in names})
 
 
-def other_side(rows):
-    """Voxels of whole tumour predicted in the healthy half of the brain, in cases that are bright there."""
-    lines = []
-    for cases in dict.fromkeys(row["cases"] for row in rows):
-        pair = without_and_with(rows, ["voxels"], cases=cases)
-        lines.append([cases, *(f"{np.nanmean(arm):.1f}" for arm in pair), signed(pair[1] - pair[0], 1), extent(pair)])
-    return table(["training cases", "without", "with", "difference [95 %]", "seeds x cases"], lines)
+def ensembles(studies):
+    """Ways to merge the maps, each to the maps' plain mean."""
+    ways = {way: way for way in ("top N/2 by confidence", "weighted by confidence", "geometric mean")}
+    ways |= {"the network that validates best": "best single", "a network alone, on average": SINGLES}
+    return side_by_side(studies, "to the plain mean", {
+        f"{maps}: {name}": lambda study, way=way, maps=maps: change(merged(study, way, maps))
+        for maps in ("5 maps", "5 maps, flips averaged", "40 maps") for name, way in ways.items()})
 
 
-# ---- the ensemble -----------------------------------------------------------------------------------------------------
-
-SINGLES = tuple(f"single {i}" for i in range(5))
-WAYS = {"singles averaged": SINGLES, "best single, by validation": "best single"}    # the name in the table -> in the CSV, if they differ
+# ---- why confidence ranks one cohort's maps and not another's ----------------------------------------------
 
 
-def ensemble(ensembles):
-    lines = []
-    for maps in dict.fromkeys(row["maps"] for row in ensembles):
-        here = of(ensembles, maps=maps)
-        for name in (*WAYS, "mean", "geometric mean", "top N/2 by confidence", "weighted by confidence"):
-            mine = of(here, way=WAYS.get(name, name))
-            if mine:
-                pair = paired(of(here, way="mean"), mine, ["dice"])
-                regions = [f"{average(of(mine, region=region), ['dice']):.4f}" for region in REGIONS]
-                to_mean = "" if name == "mean" else signed(pair[1] - pair[0])
-                lines.append([maps, name, *regions, f"{np.nanmean(pair[1]):.4f}", to_mean, extent(pair)])
-    return table(["maps", "merged by", *REGIONS, "mean", "to the plain mean [95 %]", "seeds x cases"], lines)
+def spread(values, digits):
+    """'median (lowest tenth to highest tenth)'"""
+    return "{1:.{n}f} ({0:.{n}f} to {2:.{n}f})".format(*np.percentile(values, (10, 50, 90)), n=digits)
 
 
-def rank_maps(maps):
-    """How confidence ranks the maps of each case of one region -> {(seed, case): (rho, is the most confident the best, spread of sizes)}
-
-    rho: Spearman's, between confidence and true Dice; spread: sd / mean of the maps' voxels. Left out: empty maps, whose confidence is
-    0/0, and then cases with fewer than three maps, or with one Dice or one confidence for all.
-    """
-    groups = {}
-    for row in maps:
-        if row["voxels"] != "0":
-            groups.setdefault((row["seed"], row["case"]), []).append([float(row[name]) for name in ("confidence", "dice", "voxels")])
-    ranked = {}
-    for key, values in groups.items():
-        confidence, dice, voxels = np.array(values).T
-        if len(dice) > 2 and np.ptp(dice) > 0 and np.ptp(confidence) > 0:
-            best = float(dice[confidence.argmax()] == dice.max())
-            ranked[key] = (stats.spearmanr(confidence, dice).statistic, best, voxels.std() / voxels.mean())
-    return ranked
+def painted(groups):
+    """Predicted / true voxels of a case's median map, over the cases that have something to find."""
+    return spread([np.median(voxels) / truth[0] for *_, voxels, truth in groups.values() if truth[0]], 1)
 
 
-def thirds(ranked):
-    """The keys of `rank_maps` in three lists, from the cases whose maps agree most in size to those where they agree least."""
-    keys = sorted(ranked, key=lambda key: ranked[key][2])
-    return [keys[len(keys) * i // 3 : len(keys) * (i + 1) // 3] for i in range(3)]
+def enhancing(study):
+    et, wt = (maps_of(study, region) for region in ("ET", "WT"))
+    return spread([et[key][3, 0] / wt[key][3, 0] for key in et], 2)
 
 
-def mean_rho(ranked, keys, digits=3):
-    return signed(grid({key: ranked[key][0] for key in keys}), digits) if keys else ""
+def usual_rho(groups):
+    """Is the network that is usually confident usually good? rho over a seed's networks, mean over seeds."""
+    return f"{np.mean([spearman(*network[:2]) for network in usual(groups).values()]):+.2f}"
 
 
-def ranking(maps):
-    lines = []
-    for region in REGIONS:
-        here = of(maps, region=region)
-        unflipped = of(here, flip="0")
-        five, forty = rank_maps(unflipped), rank_maps(here)
-        best = grid({key: value[1] for key, value in five.items()})
-        empty = sum(row["voxels"] == "0" for row in unflipped)
-        lines.append([region, mean_rho(five, five), *(mean_rho(five, keys) for keys in thirds(five)), f"{signed(best, 2).replace('+', '')}",
-                      mean_rho(forty, forty), f"{len(five)} of {len(unflipped) // 5}", f"{empty} of {len(unflipped)}"])
-    head = ["region", "rho of the 5 maps of a case [95 %]", "third with the most equal sizes", "middle third", "least equal sizes",
-            "most confident is best", "rho of its 40 maps", "cases ranked", "empty maps"]
-    return table(head, lines)
+def least_to_most(groups, measure):
+    """Mean rho in the third of the cases whose maps differ least by a measure, and where they differ most."""
+    rhos = ranks(groups)
+    in_order = [rhos[key] for key in sorted(rhos, key=lambda key: measure(groups[key]))]
+    third = len(in_order) // 3
+    return f"{np.mean(in_order[:third]):+.2f} to {np.mean(in_order[-third:]):+.2f}"
 
 
-def across_cases(maps):
-    """One network, many cases: does a confident prediction tell an easy case?"""
-    lines = []
-    for region in REGIONS:
-        rhos = []
-        for network in dict.fromkeys((row["seed"], row["model"]) for row in maps):
-            here = [row for row in of(maps, region=region, flip="0", seed=network[0], model=network[1]) if row["voxels"] != "0"]
-            rhos.append(stats.spearmanr([float(row["confidence"]) for row in here], [float(row["dice"]) for row in here]).statistic)
-        lines.append([region, f"{np.mean(rhos):+.3f}", f"{min(rhos):+.3f} to {max(rhos):+.3f}", len(rhos)])
-    return table(["region", "rho over cases, mean over networks", "range", "networks"], lines)
+def rankings(studies):
+    """What the maps of a case are like, and what goes with how confidence ranks them."""
+    def dice_differs(maps):
+        return maps[1].std()
+
+    def size_differs(maps):
+        return maps[2].std() / maps[2].mean()
+
+    asked = {
+        "rho of confidence and Dice": rho,
+        "the same, less each network's usual": lambda groups: rho(without_usual(groups)),
+        "rho of the networks' usual confidence and usual Dice": usual_rho,
+        "rho of confidence and size": lambda groups: f"{np.mean([*ranks(groups, 0, 2).values()]):+.2f}",
+        "sd of Dice": lambda groups: f"{np.mean([*map(dice_differs, groups.values())]):.3f}",
+        "rho where Dice differs least, and most": lambda groups: least_to_most(groups, dice_differs),
+        "sd of size / size": lambda groups: f"{np.mean([*map(size_differs, groups.values())]):.2f}",
+        "rho where size differs least, and most": lambda groups: least_to_most(groups, size_differs),
+        "voxels predicted / true": painted,
+    }
+    questions = {question: of_regions(ask) for question, ask in asked.items()}
+    questions["ET's share of WT in truth"] = enhancing
+    questions["rho of confidence and Dice of 40 maps"] = of_regions(rho, flips="01234567")
+    return side_by_side(studies, "five maps of a case: ET; TC; WT", questions)
 
 
-# ---- in words ---------------------------------------------------------------------------------------------------------
+# ---- the command -------------------------------------------------------------------------------------------
 
 
-def verdict(values, better, worse, neither):
-    """-> the word that the interval allows, 'mean (95 % interval low to high; seeds, cases)'"""
-    mean, low, high = interval(values)
-    seeds, cases = values.shape
-    return (better if low > 0 else worse if high < 0 else neither,
-            f"{mean:+.4f} (95 % interval {low:+.4f} to {high:+.4f}; {seeds} seed{'s' * (seeds > 1)}, {cases} cases)")
+def all_tables(studies):
+    """-> {name: Markdown}"""
+    tables = {"in short": in_short(studies), "answers": answers(studies), "ensembles": ensembles(studies),
+              "rankings": rankings(studies)}
+    for other in ("without", "with"):
+        for name, condition in POOLED.items():
+            tables[f"arms to {other}, {name}"] = arms(studies, other, condition)
+        tables[f"arms to {other}, effective rank"] = arms(studies, other, columns=["effective_rank"])
+    conditions = POOLED | {name: name for name in PERTURBED}
+    return tables | {f"term, {name}": terms(studies, condition) for name, condition in conditions.items()}
 
 
-def claims_of_the_term(scores):
-    sentences = []
-    for name, conditions in (("held-out cases like those it was trained on", CONDITIONS[:1]), ("perturbed held-out cases", PERTURBED)):
-        one, other = without_and_with(scores, DICE, condition=conditions)
-        word, figures = verdict(other - one, "helps", "harms", "makes no difference that can be told from none")
-        sentences.append(f"On this cohort the Barlow Twins term {word} on {name}: mean Dice, all settings pooled, {figures}.")
-    (cohort, cases), arms = secondary_rows(scores)
-    differences = {arm: np.subtract(*paired(rows, arms["with"], DICE)) for arm, rows in arms.items() if arm not in ("without", "with")}
-    groups = {"above": [], "below": [], "not to be told from": []}
-    for arm, difference in differences.items():
-        word, _ = verdict(difference, "above", "below", "not to be told from")
-        groups[word].append(f"{arm} {signed(difference)}")
-    listed = "; ".join(f"{word} it: {', '.join(members)}" for word, members in groups.items() if members)
-    if listed:
-        sentences.append(f"Beside the term at its default, all four conditions pooled ({cohort}, {cases} cases), {listed}.")
-    return "\n".join(f"- {sentence}" for sentence in sentences)
-
-
-def claims_of_the_ensemble(ensembles, maps):
-    sentences = []
-    for kind in dict.fromkeys(row["maps"] for row in ensembles):
-        mean, top, best, singles = (of(ensembles, maps=kind, way=way) for way in ("mean", "top N/2 by confidence", "best single", SINGLES))
-        one, other = paired(mean, top, ["dice"])
-        word, figures = verdict(other - one, "is better than", "is worse than", "cannot be told from")
-        sentence = f"On this cohort the confidence ensemble of {kind} {word} their plain mean: mean Dice {figures}"
-        if singles:    # forty maps come from no single network
-            to_mean = [signed(np.subtract(*paired(mean, rows, ["dice"])[::-1])) for rows in (best, singles)]
-            sentence += "; the network that validates best, {}; a network alone, averaged over all five, {}".format(*to_mean)
-        sentences.append(sentence + ".")
-    for region in REGIONS:
-        ranked = rank_maps(of(maps, region=region, flip="0"))
-        agree, _, differ = thirds(ranked)
-        sentences.append(f"On this cohort confidence ranks the five maps of a case by their true Dice of {region} with a mean Spearman "
-                         f"correlation of {mean_rho(ranked, ranked, 2)}; {mean_rho(ranked, agree, 2)} where their sizes agree most, "
-                         f"{mean_rho(ranked, differ, 2)} where they agree least.")
-    return "\n".join(f"- {sentence}" for sentence in sentences)
-
-
-# ---- the command ------------------------------------------------------------------------------------------------------
-
-
-def all_tables(folder):
-    """{name: Markdown} of all that the CSVs in `folder` hold."""
-    scores, ensembles, maps, beyond = (read(folder, name) for name in ("scores", "ensembles", "maps", "other_side"))
-    scores = of(scores, fold="-1")    # the folds' networks are the ensemble's
-    tables = {}
-    if scores:
-        tables |= {"the term": claims_of_the_term(scores), "primary": primary(scores), "Dice by region": by_region(scores, DICE, 3),
-                   "HD95 by region, mm": by_region(scores, HD95, 2), "secondary": secondary(scores), "features": features(scores)}
-    if beyond:
-        tables["other side"] = other_side(beyond)
-    if ensembles:
-        tables |= {"the ensemble": claims_of_the_ensemble(ensembles, maps), "ensemble": ensemble(ensembles), "ranking": ranking(maps),
-                   "across cases": across_cases(maps)}
-    return tables
-
-
-def print_all(folder):
-    for name, content in all_tables(folder).items():
+def print_all(folder=None):
+    for name, content in all_tables([load(folder / "*.csv")] if folder else load_committed()).items():
         print(f"\n{name}\n\n{content}", flush=True)
 
 
 def fill(text, tables):
-    """RESULTS.md's text with what stands between <!-- table: name --> and <!-- end --> made anew."""
+    """A page's text with what stands between <!-- table: name --> and <!-- end --> made anew."""
     blocks = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
     return blocks.sub(lambda match: f"{match[1]}{tables[match[2]]}\n{match[3]}", text)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, nargs="?", default=HERE / "results", help="of the CSVs, as they are or as .csv.gz")
-    parser.add_argument("--write", action="store_true", help="into RESULTS.md beside this file, instead of printing")
+    parser.add_argument("folder", type=Path, nargs="?", help="where ablation.py left its three CSVs")
+    parser.add_argument("--write", action="store_true", help="into RESULTS.md and README.md instead")
     args = parser.parse_args()
-    if not read(args.folder, "scores"):
-        print(f"tables.py: error: {args.folder}: no rows in scores.csv or scores.csv.gz there, expected what ablation.py writes as it ends",
-              file=sys.stderr)
-        sys.exit(2)
     if args.write:
-        path = HERE / "RESULTS.md"
-        path.write_text(fill(path.read_text(encoding="utf-8"), all_tables(args.folder)), encoding="utf-8")
-    else:
+        tables = all_tables(load_committed())
+        for page in PAGES:
+            page.write_text(fill(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
+        return
+    try:
         print_all(args.folder)
+    except OSError as error:
+        parser.error(f"{error}: ablation.py writes it as it ends")
 
 
 if __name__ == "__main__":
