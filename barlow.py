@@ -28,7 +28,8 @@ def soft_dice_loss(probabilities, target, eps=1e-5):
 
     probabilities: (B, C, D, H, W), any float dtype, in [0, 1], after the sigmoid.
     target: the same shape, 0 or 1, bool or any number.
-    A class with an empty target has the loss 1 and the gradient 0 exactly: its product is 0 for any prediction.
+    A class with an empty target has the loss 1 and the gradient 0 exactly: its product is 0 for any
+    prediction.
     Raises ValueError for other shapes.
     """
     if probabilities.shape != target.shape or target.ndim != 5:
@@ -55,10 +56,9 @@ class Projector(nn.Module):
         super().__init__()
         self.pool = pool
         self.mlp = nn.Sequential(
-            nn.Linear(in_channels, dim, bias=False), nn.BatchNorm1d(dim, track_running_stats=False), nn.ReLU(),
-            nn.Linear(dim, dim, bias=False), nn.BatchNorm1d(dim, track_running_stats=False), nn.ReLU(),
-            nn.Linear(dim, dim, bias=False),    # a bias would fall out again when Eq. 2 centres z
-        )
+            nn.Linear(in_channels, dim, bias=False), nn.BatchNorm1d(dim, track_running_stats=False),
+            nn.ReLU(), nn.Linear(dim, dim, bias=False), nn.BatchNorm1d(dim, track_running_stats=False),
+            nn.ReLU(), nn.Linear(dim, dim, bias=False))    # a bias would fall out again when Eq. 2 centres z
 
     def forward(self, features):
         """One view's features (B, C, D, H, W) -> z (B * cells, dim) float32; cells: D/pool * H/pool * W/pool.
@@ -88,8 +88,8 @@ def cross_correlation(z_a, z_b):
     Raises ValueError for unequal shapes or fewer than two rows.
     """
     if z_a.shape != z_b.shape or z_a.ndim != 2 or len(z_a) < 2:
-        raise ValueError(f"z_a is {tuple(z_a.shape)}, z_b {tuple(z_b.shape)}, expected one shape (rows, dim), "
-                         "with at least 2 rows")
+        raise ValueError(f"z_a is {tuple(z_a.shape)} and z_b {tuple(z_b.shape)}, expected one (rows, dim) with "
+                         "at least 2 rows")
     with torch.autocast(z_a.device.type, enabled=False):
         # Eq. 2: C_ij = sum_b z^A_bi z^B_bj / (sqrt(sum_b (z^A_bi)^2) sqrt(sum_b (z^B_bj)^2))
         return _centred_unit_columns(z_a).T @ _centred_unit_columns(z_b)
@@ -105,7 +105,7 @@ def _centred_unit_columns(z):
 
 
 def barlow_twins_terms(z_a, z_b):
-    """Eq. 1's two terms, each a sum over entries of C and >= 0, the second still without its weight lambda."""
+    """Eq. 1's two terms, each a sum over entries of C and >= 0, the second still without its lambda."""
     c = cross_correlation(z_a, z_b)
     on_diagonal = c.diagonal()
     # Eq. 1: L_BT = L_invariance + L_redundancy

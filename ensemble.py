@@ -27,9 +27,10 @@ def _check(maps):
 def confidence(maps):
     """Section 3.2's heuristic, "the average probability value of the segmented region".
 
-    maps: (N, C, D, H, W) float, in [0, 1]. Returns (N, C) float32, in (0.5, 1]: the mean over the voxels above
-    0.5; NaN where a map has none. It compares maps of about one region: "not true when different models produce
-    substantially different region sizes". Like the ensembles, it raises ValueError for NaN or another rank.
+    maps: (N, C, D, H, W) float, in [0, 1]. Returns (N, C) float32, in (0.5, 1]: the mean over the voxels
+    above 0.5; NaN where a map has none. It compares maps of about one region: "not true when different models
+    produce substantially different region sizes". Like the ensembles, it raises ValueError for NaN or another
+    rank.
     """
     _check(maps)
     scores = []
@@ -47,7 +48,7 @@ def mean_ensemble(maps):
 
 
 def geometric_mean_ensemble(maps):
-    """(N, C, D, H, W) probabilities -> their geometric mean (C, D, H, W) float32, by logs against underflow."""
+    """(N, C, D, H, W) probabilities -> their geometric mean (C, D, H, W) float32; logs do not underflow."""
     _check(maps)
     return maps.float().log().mean(0).exp()    # an exact 0 makes the voxel 0: exp(log 0) = 0
 
@@ -93,7 +94,7 @@ def list_cases(folders):
 
 
 def load_maps(paths):
-    """Paths of one case's maps -> (N, 3, X, Y, Z) float32, and the first one's image for affine and header."""
+    """Paths of one case's maps -> (N, 3, X, Y, Z) float32, and the first one's image for its header."""
     first, maps = None, None
     for n, path in enumerate(paths):
         try:
@@ -108,7 +109,7 @@ def load_maps(paths):
                 raise ValueError(f"values {volume.min():g} to {volume.max():g}, expected [0, 1]")
             et, tc, wt = volume > 0.5
             for inner, outer in ((et, tc), (tc, wt)):    # a young network may have a few stray voxels outside
-                if (inner & ~outer).sum() > max(inner.sum() / 2, inner.numel() / 10_000):
+                if (inner & ~outer).sum() > max(inner.sum() / 2, (et | tc | wt).sum() / 10):
                     raise ValueError("most of a region lies outside the next larger one, expected ET, TC, WT")
         except Exception as error:    # nibabel, gzip and zlib each raise their own kinds for a damaged file
             raise InputError(f"{path}: {error or type(error).__name__}; expected maps in NIfTI") from None
@@ -125,7 +126,7 @@ def labels_of(name):
 
 
 def save_labels(path, regions, labels, like):
-    """Paints regions (3, X, Y, Z) bool, WT, then TC, then ET, as uint8 `labels`, with `like`'s affine and units."""
+    """Paints regions (3, X, Y, Z) bool, WT, TC, ET in turn, as uint8 `labels`, in the space of `like`."""
     painted = np.zeros(regions.shape[1:], np.uint8)
     for region, label in zip(reversed(regions.numpy()), (labels[1], labels[0], labels[2])):
         painted[region] = label

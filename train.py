@@ -1,26 +1,25 @@
-"""The training loop: sections 3.3 and 4. The defaults are the paper's; where it is silent, the README's table of choices has them.
+"""Training: the paper's step, section 3.3's optimisation, section 4's epochs. The defaults are the paper's.
 
-    torchrun --nproc_per_node=4 train.py --fold 0      # the paper's run, once for each of the folds 0 to 4; four cases a step
-    python train.py --fold 0                           # the same program on one GPU or the CPU; one case a step
-    python train.py --data DIR --fold all              # on every case, none held out
+    torchrun --nproc_per_node=4 train.py --fold 0    # the paper's run, for each fold 0 to 4; four cases a
+    step python train.py --fold 0                         # on one GPU or the CPU; one case a step python
+    train.py --data DIR --fold all            # on every case, none held out
 
-Writes OUT/last.pt every epoch and every ten minutes, OUT/best.pt whenever the mean Dice of the fold's validation cases is the best so far,
-and OUT/log.csv. The same command with an OUT that holds last.pt goes on where that stopped, and ends with the weights of a run that was
-never stopped. SIGTERM and SIGINT finish the step, save and leave, with exit code 143 and 130. last.pt's "finished" says whether all epochs are done.
+Writes OUT/last.pt and OUT/log.csv every epoch, OUT/best.pt when the mean Dice of the held-out cases is the
+best so far. The same command with an OUT that holds last.pt goes on from there, to the weights of a run left
+alone.
 """
 
 import argparse
-import atexit
-import io
+import json
 import math
-import multiprocessing
 import os
 import reprlib
-import signal
-import sys
+import shutil
 import time
+import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -28,72 +27,70 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from barlow import Projector, barlow_twins_terms, soft_dice_loss
-from data import (REGIONS, InputError, Parser, augment, case_generator, check_cache, cut, describe, exit_with, find_cases, is_out_of_memory, join_ranks,
-                  labels_to_regions, load_case, make_folder, normalize, prepare, random_axes, random_corner, regions_to_labels, show_progress, split_folds,
-                  whole_file)
-from infer import AMP, choose_precision, choose_window, dice, keep_memory, move_to, predict, read_checkpoint, write_csv
+from data import (InputError, add_cohort_flags, augment, cache_entry, describe, find_cases, folder,
+                  labels_to_regions, load_case, match, normalize, prepare, random_crop, random_flip,
+                  regions_to_labels, run_command, save_tensors, show_progress, split_folds)
+from infer import (AMP, choose_precision, choose_window, dice, free_shared_memory, move_to, predict,
+                   start_ranks, write_csv)
 from segresnet import NORMS, SegResNet
 
-
-UNTOLD = "%(default).0s"    # argparse adds no default of its own to a help text that has this
-
-
-def parse_arguments():
-    parser = Parser(description="Trains SegResNet with soft Dice and the Barlow Twins term.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--data", type=Path, default=Path("data/BraTS2021_Training_Data"), help="folder of cases")
-    add("--fold", default="0", help="which fold is held out, or 'all': none is")
-    add("--folds", type=int, default=5)
-    add("--out", type=Path, help="folder of checkpoints and log; resumed if it holds last.pt (default: runs/fold<F> or runs/all)" + UNTOLD)
-    add("--cache", type=Path, help="folder of prepared cases, 37 GB for BraTS 2021, or 'none'; samples are the same (default: cache beside OUT: runs/cache)" + UNTOLD)
-    add("--epochs", type=int, default=300, help="an epoch is one crop of every training case")
-    add("--lr", type=float, default=1e-4)
-    add("--weight-decay", type=float, default=1e-5)
-    add("--crop", type=int, nargs=3, default=(192, 192, 144), metavar=("D", "H", "W"))
-    add("--filters", type=int, default=32, help="channels of the first level")
-    add("--norm", choices=NORMS, default="instance")
-    add("--barlow-weight", type=float, help="of the Barlow Twins term; 0 trains without it, 1 is the literal sum (default: 1/dim)" + UNTOLD)
-    add("--lambd", type=float, default=0.005, help="lambda of Eq. 3")
-    add("--pool", type=int, default=16, help="the projector's average pooling")
-    add("--dim", type=int, default=128, help="the projector's width")
-    add("--validate-every", type=int, default=5, metavar="EPOCHS")
-    add("--amp", choices=AMP, default="auto", help="mixed precision")
-    add("--compile", action="store_true", help="torch.compile the network: minutes at the start; slower than without on a CPU, not measured on a GPU")
-    add("--workers", type=int, default=min(8, max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))),
-        help="processes a GPU that read and crop; 0: none")
-    add("--seed", type=int, default=0, help="of weights, folds and samples")
-    args = parser.parse_args()
-    args.out = args.out or Path("runs") / ("all" if args.fold == "all" else f"fold{args.fold}")
-    args.cache = None if str(args.cache) == "none" else args.cache or args.out.parent / "cache"
-    args.barlow_weight = 1 / args.dim if args.barlow_weight is None else args.barlow_weight
-    return args
+# ---- the paper's step -------------------------------------------------------------------------------------
 
 
-def check_arguments(args):
-    for flag in ("folds", "epochs", "filters", "pool", "dim", "validate_every"):
-        if getattr(args, flag) < 1:
-            raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least 1")
-    for flag in ("lr", "weight_decay", "barlow_weight", "lambd", "workers", "seed"):
-        if not 0 <= getattr(args, flag) < math.inf:    # also NaN
-            raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected a number of at least 0")
-    if args.seed >= 2**64:
-        raise InputError(f"--seed {args.seed}: expected less than 2**64")
-    if args.fold != "all" and args.fold not in map(str, range(args.folds)):
-        raise InputError(f"--fold {args.fold}: expected 0 to {args.folds - 1}, or all")
-    if any(side < 16 or side % 8 for side in args.crop):
-        raise InputError(f"--crop {' '.join(map(str, args.crop))}: expected multiples of 8, at least 16; Table 1 halves three times")
-    if args.barlow_weight and math.prod(side // args.pool for side in args.crop) < 2:
-        raise InputError(f"--pool {args.pool}: leaves fewer than two cells of a crop of {args.crop}, expected a smaller one")
-    if args.norm == "group" and args.filters % 8:
-        raise InputError(f"--filters {args.filters}: expected a multiple of 8, the number of groups")
+class TwoViews(nn.Module):
+    """What DDP wraps: network and projection branch in one forward pass; one backward synchronises both.
+
+    (2, 4, D, H, W), view A then view B of one crop -> logits (2, 3, D, H, W), z_a and z_b (cells, dim).
+    """
+
+    def __init__(self, network, projector):
+        super().__init__()
+        self.network, self.projector = network, projector
+
+    def forward(self, x):
+        features = self.network.features(x)    # (2, filters, D, H, W)
+        return self.network.decoder_end(features), self.projector(features[:1]), self.projector(features[1:])
+
+
+def compute_losses(model, image, labels, seed, barlow_weight, lambd, autocast):
+    """Section 3.1 in its own order -> (5,) float32: loss, Eq. 4, Eq. 3, and Eq. 1's two terms.
+
+    model: `TwoViews`, or DDP around it. image (4, D, H, W) float16 and labels (1, D, H, W) uint8: a cropped
+    and flipped sample, on the model's device. seed: of its two views.
+    """
+    # "we copy it and augment it each copy independently, forming a batch of 2"
+    x = image.float().expand(2, -1, -1, -1, -1)    # (2, 4, D, H, W)
+    y = labels.expand(2, -1, -1, -1, -1)           # (2, 1, D, H, W)
+    x, y = augment(x, y, torch.Generator(x.device).manual_seed(seed))
+    p_true = labels_to_regions(y[:, 0])            # (2, 3, D, H, W)
+    with autocast:
+        logits, z_a, z_b = model(x)
+    dice_loss = soft_dice_loss(torch.sigmoid(logits.float()), p_true)    # Eq. 4
+    invariance, redundancy = barlow_twins_terms(z_a, z_b)                # Eq. 1, 2; each GPU on its own image
+    barlow = invariance + lambd * redundancy                             # Eq. 3
+    # Paper: "in additional to the main soft Dice loss". Here: times 1/dim. Why: Eq. 3 sums over dim entries.
+    loss = dice_loss + barlow_weight * barlow
+    return torch.stack([loss, dice_loss, barlow, invariance, redundancy])
+
+
+def cosine(lr, step, steps):
+    """Section 3.3: "progressively decrease it according to Cosine schedule". Here: every step, to zero."""
+    return lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+# ---- samples ----------------------------------------------------------------------------------------------
+
+
+def case_generator(seed, epoch, name):
+    """A sample's one random generator: seed, epoch and the case's name decide, and nothing else."""
+    state = np.random.SeedSequence((seed, epoch, zlib.crc32(name.encode()))).generate_state(1)[0]
+    return torch.Generator().manual_seed(int(state))
 
 
 class Crops(Dataset):
-    """Samples for a schedule of (epoch, case): a crop of the case, flipped; image (4, *crop) float16, labels (1, *crop) uint8, a seed for its
-    two views, its name. The same with a cache, without one, and while it fills.
+    """Samples for a schedule of (epoch, case): image (4, *crop) float16, labels (1, *crop) uint8, seed, doubt.
 
-    A case that cannot be read gives its InputError instead: raised in a worker process it would arrive as a traceback.
+    Where a file cannot be read: the error, which raised in a reading process would arrive as a traceback.
     """
 
     def __init__(self, schedule, crop, seed, cache=None):
@@ -106,345 +103,278 @@ class Crops(Dataset):
         epoch, case = self.schedule[index]
         generator = case_generator(self.seed, epoch, case.name)
         try:
-            prepared = prepare(case, self.cache)
-        except InputError as error:
+            whole = prepare(case, self.cache)
+        except (InputError, OSError) as error:
             return error
-        corner = random_corner(prepared.shape, self.crop, generator)    # in the whole volume, cached or not
-        corner = [c - of_box for c, of_box in zip(corner, prepared.corner)]
-        axes = random_axes(generator)
-        image, labels = (cut(volume, corner, self.crop, axes) for volume in (prepared.image, prepared.labels))
-        return image, labels, int(torch.randint(2**31, (), generator=generator)), case.name
-
-
-class TwoViews(nn.Module):
-    """What DDP wraps: network and projection branch in one forward pass, so that one backward synchronises both.
-
-    (2, 4, D, H, W), view A then view B of one crop -> logits (2, 3, D, H, W) and z_a, z_b (cells, dim), or None without the term:
-    at weight 0 there is no projector, since DDP cannot have parameters that the loss does not reach.
-    """
-
-    def __init__(self, network, projector):
-        super().__init__()
-        self.network, self.projector = network, projector
-
-    def forward(self, x):
-        features = self.network.features(x)
-        logits = self.network.decoder_end(features)
-        if self.projector is None:
-            return logits, None, None
-        return logits, self.projector(features[:1]), self.projector(features[1:])
-
-
-def cosine(lr, step, steps):
-    """Section 3.3: "progressively decrease it according to Cosine schedule". Here: every step, down to zero, no warm-up."""
-    return lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+        box = whole["image"], whole["labels"]
+        image, labels = random_crop(*box, self.crop, generator, whole["corner"], whole["shape"])
+        image, labels = random_flip(image, labels, generator)
+        return image, labels, int(torch.randint(2**31, (), generator=generator)), whole["doubtful"]
 
 
 def epoch_order(cases, seed, epoch, world):
     """The epoch's cases in random order, the first ones again at its end until every rank has as many."""
-    generator = case_generator(seed, epoch, "order")
-    order = [cases[i] for i in torch.randperm(len(cases), generator=generator)]
-    steps = math.ceil(len(cases) / world)
-    return [order[i % len(order)] for i in range(steps * world)]
+    order = [cases[i] for i in torch.randperm(len(cases), generator=case_generator(seed, epoch, "order"))]
+    return [order[i % len(order)] for i in range(math.ceil(len(cases) / world) * world)]
 
 
-SAVE_EVERY = 600    # seconds, within an epoch
+def listed_folds(path, cases):
+    """Folds of a MONAI data list, {"training": [{"fold": 0, "label": "<case>/<case>_seg.nii.gz"}, ...]}.
 
-
-def outlive_signals(_):
-    """For the processes that read: neither Ctrl-C nor a scheduler's SIGTERM to all shall end them before the step under way has its samples."""
-    os.setsid()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def end_readers():
-    """At the end of the main process, however it came: those that read would outlive it too."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)    # PyTorch's own handler would complain of their end
-    for reader in multiprocessing.active_children():
-        reader.kill()
-
-
-def agree(failure, wish, world):
-    """Ends every rank if one has a `failure` (or None): that one prints it, and no other is left waiting for it in a collective.
-
-    Otherwise the largest `wish` of all ranks: 0 go on, 1 save, 128 + a signal's number: save and leave with this exit code.
+    -> validation lists of cases, as `split_folds`, and a line on what list and `cases` do not share.
     """
-    told = torch.tensor([float(failure is not None), wish])    # on the CPU: Gloo notices a rank that is gone, NCCL may wait for it
-    if world > 1:
-        dist.all_reduce(told, dist.ReduceOp.MAX)
-    failed, wish = told.tolist()
-    if failure is not None:
-        exit_with(failure)
-    if failed:
-        time.sleep(10)    # torchrun ends this rank as soon as the other one has left
-        sys.exit(2)
-    return int(wish)
+    try:
+        entries = json.loads(path.read_text())["training"]
+        labels = {Path(entry["label"]): int(entry["fold"]) for entry in entries}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--fold-list {path}: {error!r}, expected a data list with folds") from None
+    naming = cases[0].naming
+    fold_of = {match(naming, naming.segmentation, label): fold for label, fold in labels.items()}
+    folds = [[case for case in cases if fold_of.get(case.name) == fold] for fold in sorted(set(fold_of.values()))]
+    shared = sum(map(len, folds))
+    return folds, f"{path}: {len(labels) - shared} of its cases are not in --data, {len(cases) - shared} of --data not in it"
+
+
+def divide(args):
+    """--data and its folds -> cases to train on, cases to validate, lines to print. Raises InputError."""
+    cases = find_cases(args.data, args.names, args.labels)
+    lines, labelled = [describe(cases)], [case for case in cases if case.label]
+    if len(labelled) < len(cases):
+        lines.append(f"{len(cases) - len(labelled)} cases have no segmentation and are left out")
+    if missing := [path for case in labelled for path in case.images if not path.exists()]:
+        raise InputError(f"{missing[0]}: no such file, expected four modalities of every case to train on")
+    folds, val_cases = [labelled], []
+    if args.fold != "all":
+        if args.fold_list:
+            folds, line = listed_folds(args.fold_list, labelled)
+            lines.append(line)
+        else:
+            folds = split_folds(labelled, args.folds, args.seed)
+        if args.fold not in map(str, range(len(folds))):
+            raise InputError(f"--fold {args.fold}: expected 0 to {len(folds) - 1}, or all")
+        val_cases = folds[int(args.fold)]
+    train_cases = [case for case in sorted(sum(folds, [])) if case not in val_cases]
+    if not train_cases:
+        raise InputError(f"--data {args.data}: no segmented case is left to train on, expected some")
+    return train_cases, val_cases, lines
 
 
 @torch.no_grad()
-def validate(network, cases, crop, autocast, device, rank, world, epoch, signals):
-    """The mean Dice of ET, TC, WT (3,) over whole cases, predicted and painted as `infer.py` would. Each case on one rank, once.
-
-    Leaves when a signal has come: what precedes validation is saved.
-    """
+def validate(network, cases, crop, autocast, rank, world, device):
+    """The mean Dice of ET, TC, WT over whole cases, predicted and painted as `infer.py` would."""
     network.eval()
-    total, failure = torch.zeros(3, dtype=torch.float64, device=device), None
+    total = torch.zeros(3, dtype=torch.float64, device=device)
     for case in cases[rank::world]:
-        if signals:
-            break
-        try:
-            image, target, _ = load_case(case)
-        except InputError as error:
-            failure = error
-            break
+        image, target, _ = load_case(case)
         image = normalize(image)
         with autocast:
             probabilities = predict(network, image, choose_window(image, crop))
         painted = labels_to_regions(regions_to_labels(probabilities > 0.5))
-        total += torch.tensor([dice(p, t) for p, t in zip(painted, target)], dtype=torch.float64, device=device)
-    wish = agree(failure, 128 + signals[0] if signals else 0, world)
-    if wish:
-        leave(wish, rank, f"before the validation of epoch {epoch}")
+        total += total.new_tensor([dice(p, t) for p, t in zip(painted, target)])
     if world > 1:
         dist.all_reduce(total)
     network.train()
     return (total / len(cases)).tolist()
 
 
-def leave(wish, rank, where):
-    if rank == 0:
-        print(f"{signal.Signals(wish - 128).name}: stopped {where}, and saved; the same command goes on from there", flush=True)
-    sys.exit(wish)
+# ---- the run ----------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(path, checkpoint):
-    """Tensors, numbers and strings only; `path` is never half a checkpoint. Raises OSError."""
-    buffer = io.BytesIO()    # torch.save to a file hides a full disk behind an error of its own
-    torch.save(checkpoint, buffer)
-    with whole_file(path) as beside:
-        beside.write_bytes(buffer.getbuffer())
+def check_room(args, precision, device, train_cases):
+    """Raises InputError for a crop that cannot be trained on, and too little shared memory or disk."""
+    crop = " ".join(map(str, args.crop))
+    if any(side % 8 for side in args.crop):
+        raise InputError(f"--crop {crop}: expected multiples of 8; Table 1 halves three times")
+    if device.type == "cpu" and precision and args.crop[0] == 16:    # seen in PyTorch 2.13
+        raise InputError(f"--crop {crop}: PyTorch's 16-bit gradients on a CPU are wrong for it, expected at "
+                         "least 24 as the first, or --amp off")
+    readers = args.workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    samples = 3 * 9 * math.prod(args.crop) * readers    # bytes; a reader is two ahead
+    if samples > free_shared_memory():
+        raise InputError(f"/dev/shm: {free_shared_memory() / 1e6:.0f} MB are free, expected "
+                         f"{samples / 1e6:.0f} for samples on their way; docker run --shm-size=8g, or fewer --workers")
+    if args.cache:
+        args.cache.mkdir(parents=True, exist_ok=True)
+        missing = sum(not cache_entry(case, args.cache).exists() for case in train_cases)
+        free = shutil.disk_usage(args.cache).free
+        if missing * 30e6 > free:
+            raise InputError(f"--cache {args.cache}: {free / 1e9:.1f} GB are free, expected "
+                             f"{missing * 0.03:.1f} for {missing} cases; --cache none reads them every epoch")
 
 
-def load_last(path, expected, views, optimizer, scaler):
-    """last.pt to go on from, its state put into network, optimizer and scaler.
+def resume(path, expected, parts):
+    """Puts last.pt's state into `parts` (views, optimizer, scaler) -> epochs done, best Dice, log.
 
-    Raises InputError where it is of another run: its settings and case lists must be those of this one.
+    0, -1 and [] without the file. Raises InputError where its settings or cases are not the `expected` ones.
     """
+    if not path.exists():
+        return 0, -1.0, []
     try:
-        last = read_checkpoint(path)
-        found = {**last["settings"], "train_cases": last["train_cases"], "val_cases": last["val_cases"]}
-        for name, value in expected.items():
-            if found.get(name) != value:
-                if name.endswith("_cases"):
-                    raise InputError(f"{path}: was trained on other cases ({name} differ), expected the same --data; use another --out")
-                raise InputError(f"{path}: was trained with {name} {reprlib.repr(found.get(name))}, expected {value} as in this call; use another --out")
-        for part, name in ((views, "views"), (optimizer, "optimizer"), (scaler, "scaler")):
-            part.load_state_dict(last[name])
-        return [last[name] for name in ("epoch", "step", "best", "log", "seconds", "sums")]
-    except InputError:
-        raise
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error}), expected a disk that answers; try again") from None
+        last = torch.load(path, map_location="cpu", weights_only=True)
+        found = last["settings"] | {name: last[name] for name in ("train_cases", "val_cases")}
+        wrong = [name for name, value in expected.items() if found.get(name) != value]
+        if not wrong:
+            for name, part in parts.items():
+                part.load_state_dict(last[name])
+            return last["epoch"], last["best"], last["log"]
     except Exception as error:    # whatever the unpickler and the zip reader meet
-        raise InputError(f"{path}: not a checkpoint of train.py's to go on from ({type(error).__name__}), "
-                         "expected the last.pt of a run; move it away") from None
+        raise InputError(f"{path}: not a checkpoint to go on from ({type(error).__name__}), expected the "
+                         "last.pt of a run; move it away") from None
+    theirs, ours = (reprlib.repr(values.get(wrong[0])) for values in (found, expected))
+    raise InputError(f"{path}: was trained with {wrong[0]} {theirs}, expected {ours} as in this call; "
+                     "use another --out")
+
+
+def log_row(epoch, lr, means, scores, seconds, cases):
+    """A row of log.csv: an epoch's losses, means over all steps and ranks, and the held-out cases' Dice."""
+    losses = dict(zip(("loss", "dice_loss", "barlow", "invariance", "redundancy"), means))
+    dices = dict(zip((f"dice_{name}" for name in ("et", "tc", "wt", "mean")), [*scores, sum(scores) / 3]
+                     if scores else [""] * 4))
+    row = {"epoch": epoch, "lr": lr, **losses, **dices, "seconds": seconds}
+    row["cases_per_second"] = cases / seconds
+    return {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
 
 
 def train(args, rank, world, device):
-    check_arguments(args)
+    train_cases, val_cases, lines = divide(args)
     precision = choose_precision(args.amp, device)
-    if device.type == "cpu" and precision and args.crop[0] == 16:    # seen in PyTorch 2.13: NaN, from memory that nothing was written to
-        raise InputError(f"--crop {' '.join(map(str, args.crop))}: PyTorch's 16-bit gradients on a CPU are wrong for it, "
-                         "expected at least 24 as the first, or --amp off")
-    cases = find_cases(args.data)
-    for case in cases:
-        missing = [path for path in case.images if not path.exists()]
-        if missing or case.label is None:
-            what = f"{missing[0]}: missing" if missing else f"{case.images[0].parent}: no segmentation in it"
-            raise InputError(f"{what}, expected four modalities and a segmentation for every case to train on")
-    if len({case.et_label for case in cases}) > 1:
-        raise InputError(f"--data {args.data}: {describe(cases)}; expected one generation")
-    et_label = cases[0].et_label
-    val_cases = [] if args.fold == "all" else split_folds(cases, args.folds, args.seed)[int(args.fold)]
-    train_cases = [case for case in cases if case not in val_cases]
-    if not train_cases:
-        raise InputError(f"--folds {args.folds}: leaves no case to train on, expected at least 2, or --fold all")
-    make_folder(args.out)
-    room, told = (False, "") if args.cache is None else check_cache(args.cache, train_cases)
+    check_room(args, precision, device, train_cases)
 
     torch.manual_seed(args.seed)
-    network = SegResNet(filters=args.filters, norm=args.norm)
-    projector = Projector(args.filters, args.dim, args.pool) if args.barlow_weight else None
-    views, scores = TwoViews(move_to(device, network), projector).to(device), None
+    network = move_to(device, SegResNet(filters=args.filters, norm=args.norm))
+    views = TwoViews(network, Projector(args.filters, args.dim, args.pool)).to(device)
     # section 3.3: "AdamW optimizer with initial learning rate of 1e-4", "1e-5 weight decay and no dropout"
     optimizer = torch.optim.AdamW(views.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     autocast = torch.autocast(device.type, dtype=precision, enabled=precision is not None)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)    # float16 alone can underflow
+    scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)    # it alone can underflow
 
-    settings = {name: value for name, value in vars(args).items() if name not in ("data", "out", "cache", "workers")}
-    settings.update(crop=list(args.crop), world=world, precision=str(precision or torch.float32).removeprefix("torch."))
-    about = {"train_cases": [case.name for case in train_cases], "val_cases": [case.name for case in val_cases]}
-    first, done, best, log = 0, 0, -1.0, []    # epochs done, and steps of the next one
-    sums, seconds = torch.zeros(5, dtype=torch.float64, device=device), 0.0    # over those steps: the loss and its terms
-    if (args.out / "last.pt").exists():
-        first, done, best, log, seconds, so_far = load_last(args.out / "last.pt", {**settings, **about}, views, optimizer, scaler)
-        if rank == 0:    # they are those of all ranks
-            sums += torch.tensor(so_far, dtype=sums.dtype, device=device)
+    settings = {name: value for name, value in vars(args).items() if name not in NO_SETTINGS}
+    settings |= {"world": world, "precision": str(precision or torch.float32).removeprefix("torch.")}
+    names = {name: [case.name for case in those]
+             for name, those in (("train_cases", train_cases), ("val_cases", val_cases))}
+    parts = {"views": views, "optimizer": optimizer, "scaler": scaler}
+    args.out.mkdir(parents=True, exist_ok=True)
+    first, best, log = resume(args.out / "last.pt", settings | names, parts)
+    model = views
     if world > 1:
-        from_rank_0 = torch.tensor([first, done])
-        dist.broadcast(from_rank_0, 0)
-        agree(None if from_rank_0.tolist() == [first, done] else InputError(
-            f"{args.out}: rank {rank} finds {first} epochs and {done} steps done in it, rank 0 {from_rank_0.tolist()}, "
-            "expected one folder that all machines see"), 0, world)
-    # views.network, not model.module: checkpoints carry no "module." prefix
-    model = torch.compile(views) if args.compile else views
-    if world > 1:
-        model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        dist.all_gather_object(firsts := [None] * world, first)
+        if len(set(firsts)) > 1:
+            raise InputError(f"--out {args.out}: ranks find {firsts} epochs in it, expected one folder for all")
+        model = DistributedDataParallel(views, device_ids=[device.index] if device.type == "cuda" else None)
 
-    steps = math.ceil(len(train_cases) / world)    # an epoch
+    steps = math.ceil(len(train_cases) / world)    # of an epoch
     if rank == 0:
-        print(f"{describe(cases)}\nfold {args.fold}: {len(train_cases)} cases to train on, {len(val_cases)} to validate; "
-              f"{world} process{'es' * (world > 1)} on {device.type}, {settings['precision']}; "
-              f"{sum(p.numel() for p in network.parameters()):,} parameters; "
-              + (f"epochs {first + 1} to {args.epochs} of {steps} steps" if first < args.epochs else f"all {first} epochs were done before")
-              + (f", {done} steps of epoch {first + 1} done before" if done else ""), flush=True)
-        if told:
-            print(told, flush=True)
-        for leftover in args.out.glob(".[0-9]*"):    # of a run killed while it wrote
-            leftover.unlink()
-
-    def save(epoch, step, better=False):
-        """last.pt, from which everything else follows, comes last. Every rank calls it: a disk that fails ends them all."""
-        total, failure = sums.clone(), None
-        if world > 1:
-            dist.all_reduce(total)
-        if rank == 0:
-            checkpoint = {"model": network.state_dict(), "settings": settings, **about, "et_label": et_label, "epoch": epoch,
-                          "dice": scores or []}
-            try:
-                if better:
-                    save_checkpoint(args.out / "best.pt", checkpoint)
-                if log:
-                    write_csv(args.out / "log.csv", log)
-                save_checkpoint(args.out / "last.pt", {
-                    **checkpoint, "views": views.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                    "step": step, "finished": epoch == args.epochs, "best": best, "log": log, "sums": total.tolist(), "seconds": seconds})
-            except OSError as error:
-                failure = error
-        agree(failure, 0, world)
-
-    # One loader for all epochs, so that its workers read on while an epoch ends.
+        print(*lines, f"{len(train_cases)} cases to train on, {len(val_cases)} to validate; {world} process(es), "
+              f"{device.type}, {settings['precision']}; epochs {first + 1} to {args.epochs} of {steps} steps",
+              sep="\n", flush=True)
     schedule = [(epoch, case) for epoch in range(first, args.epochs)
-                for case in epoch_order(train_cases, args.seed, epoch, world)[rank::world]][done:]
-    samples = iter(DataLoader(Crops(schedule, args.crop, args.seed, args.cache if room else None), batch_size=None, num_workers=args.workers,
-                              pin_memory=device.type == "cuda", worker_init_fn=outlive_signals))
-    atexit.register(end_readers)
-    signals, saved = [], time.monotonic()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: signals.append(number))
+                for case in epoch_order(train_cases, args.seed, epoch, world)[rank::world]]
+    samples = iter(DataLoader(    # one for all epochs, so that its workers read on while an epoch ends
+        Crops(schedule, args.crop, args.seed, args.cache), batch_size=None, num_workers=args.workers,
+        pin_memory=device.type == "cuda", timeout=600 if args.workers else 0))
     for epoch in range(first, args.epochs):
-        start = time.monotonic() - seconds
-        for i in range(done, steps):
+        start, sums = time.monotonic(), torch.zeros(6, dtype=torch.float64, device=device)
+        for step in range(steps):
             sample = next(samples)
-            wish = 128 + signals[0] if signals else int(time.monotonic() - saved > SAVE_EVERY)
-            wish = agree(sample if isinstance(sample, InputError) else None, wish, world)
-            if wish:
-                save(epoch, i)
-                saved = time.monotonic()
-            if wish > 1:
-                leave(wish, rank, f"in epoch {epoch + 1}, after step {i}")
-            image, labels, views_seed, name = sample
-
+            if isinstance(sample, Exception):
+                raise sample
+            image, labels, seed, doubtful = sample
+            image, labels = (volume.to(device, non_blocking=True) for volume in (image, labels))
+            lr = cosine(args.lr, epoch * steps + step, args.epochs * steps)
             for group in optimizer.param_groups:
-                group["lr"] = cosine(args.lr, epoch * steps + i, args.epochs * steps)
-
-            # section 3.1: "we copy it and augment it each copy independently, forming a batch of 2"
-            x = image.to(device, non_blocking=True).float().expand(2, -1, -1, -1, -1)    # (2, 4, D, H, W)
-            labels = labels.to(device, non_blocking=True).expand(2, -1, -1, -1, -1)      # (2, 1, D, H, W)
-            x, labels = augment(x, labels, torch.Generator(device).manual_seed(views_seed))
-            p_true = labels_to_regions(labels[:, 0], et_label)                           # (2, 3, D, H, W)
-
-            with autocast:
-                logits, z_a, z_b = model(x)
-            dice_loss = soft_dice_loss(torch.sigmoid(logits.float()), p_true)        # Eq. 4
-            invariance = redundancy = torch.zeros((), device=device)
-            if projector is not None:
-                invariance, redundancy = barlow_twins_terms(z_a, z_b)                # Eq. 1 and 2, each GPU on its own images
-            barlow = invariance + args.lambd * redundancy                            # Eq. 3
-            loss = dice_loss + args.barlow_weight * barlow
-            terms = torch.stack([loss, dice_loss, barlow, invariance, redundancy]).detach()
-            agree(None if loss.isfinite() else InputError(
-                f"{name}: loss is not finite in epoch {epoch + 1}, step {i + 1} (Dice {dice_loss:g}, Barlow Twins {barlow:g}), "
-                "expected a number; try a lower --lr or --amp off"), 0, world)
-
+                group["lr"] = lr
+            losses = compute_losses(model, image, labels, seed, args.barlow_weight, args.lambd, autocast)
             optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
+            scaler.scale(losses[0]).backward()
             scaler.step(optimizer)
             scaler.update()
-            sums += terms
-            seconds = time.monotonic() - start
+            sums[:5] += losses.detach()
+            sums[5] += doubtful
             if rank == 0:
-                show_progress(f"epoch {epoch + 1}/{args.epochs}, loss {loss:.4f}, step", i + 1, steps, start)
-
-        means = sums / (steps * world)
+                show_progress(f"epoch {epoch + 1}/{args.epochs}, step", step + 1, steps, start)
+        seconds = time.monotonic() - start
         if world > 1:
-            dist.all_reduce(means)
-        means = means.tolist()
+            dist.all_reduce(sums)
+        *means, doubtful = (sums / (steps * world)).tolist()
+        if not (math.isfinite(means[0]) and all(weight.isfinite().all() for weight in views.parameters())):
+            raise InputError(f"epoch {epoch + 1}: loss ({means[0]:g}) or weights are not finite, expected numbers; "
+                             "nothing of it is saved; try a lower --lr or --amp off")
+        scores = []
         if val_cases and ((epoch + 1) % args.validate_every == 0 or epoch + 1 == args.epochs):
-            if done < steps:    # validation takes long, and a scan that cannot be read ends it
-                save(epoch, steps)
-            scores = validate(network, val_cases, args.crop, autocast, device, rank, world, epoch + 1, signals)
-        lr = cosine(args.lr, (epoch + 1) * steps - 1, args.epochs * steps)    # the last step's
-        row = {"epoch": epoch + 1, "lr": lr, **dict(zip(("loss", "dice_loss", "barlow", "invariance", "redundancy"), means)),
-               **{f"dice_{region.lower()}": scores[r] if scores else "" for r, region in enumerate(REGIONS)},
-               "dice_mean": sum(scores) / 3 if scores else "", "seconds": seconds, "cases_per_second": steps * world / seconds}
-        log.append({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+            scores = validate(network, val_cases, args.crop, autocast, rank, world, device)
+        log.append(log_row(epoch + 1, lr, means, scores, seconds, steps * world))
+        better, best = sum(scores) / 3 > best and bool(scores), max(best, sum(scores) / 3) if scores else best
         if rank == 0:
-            left = time.strftime("%H:%M:%S", time.gmtime((args.epochs - epoch - 1) * seconds))
-            dices = "  Dice " + ", ".join(f"{region} {score:.4f}" for region, score in zip(REGIONS, scores)) if scores else ""
-            print(f"epoch {epoch + 1}/{args.epochs}  loss {means[0]:.4f} (Dice {means[1]:.4f}, Barlow Twins {means[2]:.3f})  lr {lr:.2e}  "
-                  f"{steps * world / seconds:.2f} cases/s  {left} left{dices}", flush=True)
-        better = scores is not None and sum(scores) / 3 > best
-        best = sum(scores) / 3 if better else best
-        sums, seconds, done = torch.zeros_like(sums), 0.0, 0
-        save(epoch + 1, 0, better)
-        scores, saved = None, time.monotonic()
-        if rank == 0 and room and epoch == first:    # by now every entry is made, unless the disk has filled up
-            room, told = check_cache(args.cache, train_cases)
-            if not room:
-                print(told, flush=True)
+            checkpoint = {"model": network.state_dict(), "settings": settings, **names, "epoch": epoch + 1}
+            if better:
+                save_tensors(args.out / "best.pt", checkpoint | {"dice": scores})
+            write_csv(args.out / "log.csv", log)
+            checkpoint |= {name: part.state_dict() for name, part in parts.items()}
+            save_tensors(args.out / "last.pt", {    # last, since all follows from it
+                **checkpoint, "finished": epoch + 1 == args.epochs, "best": best, "log": log})
+            print("  ".join(f"{name} {value}" for name, value in log[-1].items() if value != ""), flush=True)
+            if doubtful and epoch == first:
+                print(f"warning: {doubtful:.0%} of the cases look unsuitable; data.py says how", flush=True)
+
+
+# ---- the command ------------------------------------------------------------------------------------------
+
+NO_SETTINGS = ("data", "fold_list", "out", "cache", "workers")    # may differ between starts of one run
+
+
+def at_least(least, kind=int):
+    """An argparse type: a finite number of at least `least`."""
+    def number(text):
+        if not least <= kind(text) < 2**63:    # false for NaN too
+            raise argparse.ArgumentTypeError(f"{text}, expected a number of at least {least}")
+        return kind(text)
+    return number
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description="Trains SegResNet with soft Dice and the Barlow Twins term.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument_group("the paper's").add_argument
+    add("--fold", default="0", help="which fold is held out, or 'all': none is")
+    add("--folds", type=at_least(1), default=5, help="how many")
+    add("--epochs", type=at_least(1), default=300, help="of one crop of every training case")
+    add("--crop", type=at_least(16), nargs=3, default=[192, 192, 144], metavar=("D", "H", "W"), help="voxels")
+    add("--lr", type=at_least(0, float), default=1e-4, help="of AdamW at the start")
+    add("--weight-decay", type=at_least(0, float), default=1e-5, help="of AdamW")
+    add("--lambd", type=at_least(0, float), default=0.005, help="lambda of Eq. 3")
+    add("--pool", type=at_least(1), default=16, help="the projection branch's average pooling")
+    add = parser.add_argument_group("where the paper is silent").add_argument
+    add("--filters", type=at_least(1), default=32, help="channels of the first level")
+    add("--norm", choices=NORMS, default="instance", help="Table 1's IN")
+    add("--dim", type=at_least(1), default=128, help="the projection branch's width")
+    add("--barlow-weight", type=at_least(0, float), help="of Eq. 3 beside Eq. 4; None is 1/dim, 0 is without")
+    add("--validate-every", type=at_least(1), default=5, metavar="EPOCHS", help="and after the last")
+    add("--amp", choices=AMP, default="auto", help="mixed precision; auto: where the device has it")
+    group = parser.add_argument_group("the run")
+    add = group.add_argument
+    add("--data", type=folder, default=Path("data/BraTS2021_Training_Data"), help="folder of cases")
+    add_cohort_flags(group)
+    add("--fold-list", type=folder, metavar="FILE.json", help="a MONAI data list's folds in place of --folds")
+    add("--out", type=folder, help="gets checkpoints and log; None is runs/fold<F> or runs/all")
+    add("--cache", type=folder, help="of prepared cases, 30 MB each, or none; None is cache beside OUT")
+    add("--workers", type=at_least(0), help="processes a GPU that read and crop",
+        default=min(8, max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))))
+    add("--seed", type=at_least(0), default=0, help="of weights, folds and samples")
+    args = parser.parse_args()
+    args.out = args.out or Path("runs") / ("all" if args.fold == "all" else f"fold{args.fold}")
+    args.cache = None if args.cache == Path("none") else args.cache or args.out.parent / "cache"
+    args.barlow_weight = 1 / args.dim if args.barlow_weight is None else args.barlow_weight
+    return args
 
 
 def main():
     args = parse_arguments()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))    # torchrun sets them
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True    # every step has the same shape
-    else:
-        keep_memory()
-    code = 0
-    try:
-        if world > 1:
-            join_ranks("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank, world)
-        train(args, rank, world, device)
-    except SystemExit as left:    # all ranks together, as they have agreed
-        code = left.code
-    except KeyboardInterrupt:    # before the first step
-        sys.exit(128 + signal.SIGINT)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        error = InputError(f"--crop {' '.join(map(str, args.crop))} with --filters {args.filters} does not fit into the memory of "
-                           f"{device}, expected a smaller --crop or fewer --filters")
-        exit_with(error, rank)
-    except (InputError, OSError) as error:
-        exit_with(error, rank)
+    rank, world, device = start_ranks()
+    torch.backends.cudnn.benchmark = True    # every step has the same shape
+    train(args, rank, world, device)
     if world > 1:
-        dist.destroy_process_group()    # outside of `train`, whose DDP holds the group
-    sys.exit(code)
+        dist.destroy_process_group()    # not in train(), whose DDP holds it
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
