@@ -88,8 +88,8 @@ def cross_correlation(z_a, z_b):
     Raises ValueError for unequal shapes or fewer than two rows.
     """
     if z_a.shape != z_b.shape or z_a.ndim != 2 or len(z_a) < 2:
-        raise ValueError(f"z_a is {tuple(z_a.shape)} and z_b {tuple(z_b.shape)}, expected one (rows, dim) with "
-                         "at least 2 rows")
+        raise ValueError(f"z_a is {tuple(z_a.shape)} and z_b {tuple(z_b.shape)}, expected one (rows, dim), "
+                         "rows at least 2")
     with torch.autocast(z_a.device.type, enabled=False):
         # Eq. 2: C_ij = sum_b z^A_bi z^B_bj / (sqrt(sum_b (z^A_bi)^2) sqrt(sum_b (z^B_bj)^2))
         return _centred_unit_columns(z_a).T @ _centred_unit_columns(z_b)

@@ -522,17 +522,24 @@ def add_cohort_flags(parser):
 def run_command(main):
     """Runs main() -> exit code. What the user can mend is one line and exit code 2; Ctrl-C is 130."""
     sys.stdout.reconfigure(errors="replace")    # a log need not be UTF-8
+    code = 2
     try:
-        sys.exit(main())
+        code = main()
+        sys.stdout.flush()
+    except SystemExit as end:    # argparse's
+        code = end.code
     except KeyboardInterrupt:
-        os._exit(130)    # and not through the threads of other libraries
+        code = 130
+    except BrokenPipeError:    # of a reader such as `head`
+        code = 141
     except (InputError, OSError, RuntimeError) as error:
         # RuntimeErrors of readers that died or are stuck, or of a rank that has left and said why
         if type(error) is RuntimeError and not re.search("DataLoader|[Cc]onnection", str(error)):
             raise
         text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(text.split())}", file=sys.stderr, flush=True)
-        os._exit(2)
+    if code:
+        os._exit(code)    # not through an exit that waits for the threads of other libraries
 
 
 def check_case(case):

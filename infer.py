@@ -245,7 +245,7 @@ def start_ranks(backend=None, timeout=None):
     if world > 1:
         restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
         if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            raise InputError(f"--max-restarts {restarts}: ranks would meet in what the last start left in the "
+            raise InputError(f"--max-restarts {restarts}: a start would meet what the last one left in the "
                              "store, expected TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun")
         dist.init_process_group(backend or ("nccl" if device.type == "cuda" else "gloo"), timeout=timeout)
     return rank, world, device
@@ -260,7 +260,7 @@ def free_shared_memory():
 
 
 class Volumes(Dataset):
-    """What is read ahead for each case: image (4, D, H, W) float32, normalised, affine, whether it looks unsuitable.
+    """What is read ahead for each case: image (4, D, H, W) float32, normalised; affine; does it look unsuitable.
 
     From a folder of predictions: labels (D, H, W) uint8, affine, False. Where a file cannot be read: the
     InputError, which raised in a reading process would arrive as a traceback.
@@ -284,7 +284,7 @@ class Volumes(Dataset):
 
 
 def predict_case(case, image, checkpoints, args):
-    """Predicts, ensembles, paints and writes a case, whose image (4, D, H, W) is normalised -> labels (D, H, W)."""
+    """Predicts, ensembles, paints and writes a case; image (4, D, H, W) normalised -> labels (D, H, W)."""
     maps = []
     for checkpoint in checkpoints:
         model, settings = checkpoint["model"], checkpoint["settings"]
@@ -345,7 +345,7 @@ def parse_arguments():
     add("--held-out", action="store_true", help="a case by the networks that were validated on it: Table 2")
     add("--flips", action="store_true", help="average over all 8 mirrorings, eight times the work")
     add("--probabilities", action="store_true", help="write the ensembled maps to OUT/probabilities as well")
-    add("--score", type=folder, metavar="PREDICTIONS", help="a folder of <case>.nii.gz to score, not to predict")
+    add("--score", type=folder, metavar="PREDICTIONS", help="a folder of <case>.nii.gz to score instead")
     add("--truth", type=folder, metavar="COHORT", help="the cases to score PREDICTIONS against")
     add_cohort_flags(parser)
     args = parser.parse_args()
@@ -377,8 +377,8 @@ def main():
     for root in args.cases or [args.truth]:
         for case in find_cases(root, args.names, args.labels):
             if cases.setdefault(case.name, case).images != case.images:
-                raise InputError(f"{case.images[0]}: {cases[case.name].images[0]} is of the same name, expected "
-                                 "each case once")
+                raise InputError(f"{case.images[0]}: {cases[case.name].images[0]} has the same name, "
+                                 "expected each case once")
     chosen = {} if args.score else choose_checkpoints(args, cases.values())
     cases = [case for name, case in sorted(cases.items()) if name in chosen or args.score and case.label]
     if not args.score:

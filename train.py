@@ -88,7 +88,7 @@ def case_generator(seed, epoch, name):
 
 
 class Crops(Dataset):
-    """Samples for a schedule of (epoch, case): image (4, *crop) float16, labels (1, *crop) uint8, seed, doubt.
+    """Samples of a schedule of (epoch, case): image (4, *crop) float16, labels (1, *crop) uint8, seed, doubt.
 
     Where a file cannot be read: the error, which raised in a reading process would arrive as a traceback.
     """
@@ -130,9 +130,10 @@ def listed_folds(path, cases):
         raise InputError(f"--fold-list {path}: {error!r}, expected a data list with folds") from None
     naming = cases[0].naming
     fold_of = {match(naming, naming.segmentation, label): fold for label, fold in labels.items()}
-    folds = [[case for case in cases if fold_of.get(case.name) == fold] for fold in sorted(set(fold_of.values()))]
-    shared = sum(map(len, folds))
-    return folds, f"{path}: {len(labels) - shared} of its cases are not in --data, {len(cases) - shared} of --data not in it"
+    folds = [[case for case in cases if fold_of.get(case.name) == fold] for fold in sorted({*fold_of.values()})]
+    here = sum(map(len, folds))
+    line = f"{path}: {len(labels) - here} of its cases are not in --data, {len(cases) - here} of --data not in it"
+    return folds, line
 
 
 def divide(args):
@@ -191,8 +192,8 @@ def check_room(args, precision, device, train_cases):
     readers = args.workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     samples = 3 * 9 * math.prod(args.crop) * readers    # bytes; a reader is two ahead
     if samples > free_shared_memory():
-        raise InputError(f"/dev/shm: {free_shared_memory() / 1e6:.0f} MB are free, expected "
-                         f"{samples / 1e6:.0f} for samples on their way; docker run --shm-size=8g, or fewer --workers")
+        raise InputError(f"/dev/shm: {free_shared_memory() / 1e6:.0f} MB are free, expected {samples / 1e6:.0f} "
+                         "for samples on their way; see docker's --shm-size, or fewer --workers")
     if args.cache:
         args.cache.mkdir(parents=True, exist_ok=True)
         missing = sum(not cache_entry(case, args.cache).exists() for case in train_cases)
@@ -259,13 +260,13 @@ def train(args, rank, world, device):
     if world > 1:
         dist.all_gather_object(firsts := [None] * world, first)
         if len(set(firsts)) > 1:
-            raise InputError(f"--out {args.out}: ranks find {firsts} epochs in it, expected one folder for all")
+            raise InputError(f"--out {args.out}: ranks find {firsts} epochs done, expected one folder of all")
         model = DistributedDataParallel(views, device_ids=[device.index] if device.type == "cuda" else None)
 
     steps = math.ceil(len(train_cases) / world)    # of an epoch
     if rank == 0:
-        print(*lines, f"{len(train_cases)} cases to train on, {len(val_cases)} to validate; {world} process(es), "
-              f"{device.type}, {settings['precision']}; epochs {first + 1} to {args.epochs} of {steps} steps",
+        print(*lines, f"{len(train_cases)} cases to train on, {len(val_cases)} to validate; {device.type} x "
+              f"{world}, {settings['precision']}; epochs {first + 1} to {args.epochs} of {steps} steps",
               sep="\n", flush=True)
     schedule = [(epoch, case) for epoch in range(first, args.epochs)
                 for case in epoch_order(train_cases, args.seed, epoch, world)[rank::world]]
@@ -297,8 +298,8 @@ def train(args, rank, world, device):
             dist.all_reduce(sums)
         *means, doubtful = (sums / (steps * world)).tolist()
         if not (math.isfinite(means[0]) and all(weight.isfinite().all() for weight in views.parameters())):
-            raise InputError(f"epoch {epoch + 1}: loss ({means[0]:g}) or weights are not finite, expected numbers; "
-                             "nothing of it is saved; try a lower --lr or --amp off")
+            raise InputError(f"epoch {epoch + 1}: loss ({means[0]:g}) or weights are not finite, expected "
+                             "numbers; it is not saved; try a lower --lr or --amp off")
         scores = []
         if val_cases and ((epoch + 1) % args.validate_every == 0 or epoch + 1 == args.epochs):
             scores = validate(network, val_cases, args.crop, autocast, rank, world, device)
