@@ -525,12 +525,11 @@ def run_command(main):
     code = 2
     try:
         code = main()
-        sys.stdout.flush()
     except SystemExit as end:    # argparse's
         code = end.code
     except KeyboardInterrupt:
         code = 130
-    except BrokenPipeError:    # of a reader such as `head`
+    except BrokenPipeError:    # a reader such as `head` has left
         code = 141
     except (InputError, OSError, RuntimeError) as error:
         # RuntimeErrors of readers that died or are stuck, or of a rank that has left and said why
@@ -538,6 +537,10 @@ def run_command(main):
             raise
         text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = 141
     if code:
         os._exit(code)    # not through an exit that waits for the threads of other libraries
 

@@ -260,7 +260,7 @@ def free_shared_memory():
 
 
 class Volumes(Dataset):
-    """What is read ahead for each case: image (4, D, H, W) float32, normalised; affine; does it look unsuitable.
+    """What is read ahead of a case: image (4, D, H, W) float32, normalised; affine; does it look unsuitable.
 
     From a folder of predictions: labels (D, H, W) uint8, affine, False. Where a file cannot be read: the
     InputError, which raised in a reading process would arrive as a traceback.

@@ -126,8 +126,8 @@ class SegResNet(nn.Module):
             raise ValueError(f"input is {tuple(x.shape)}, expected (B, C, D, H, W) with sides that are "
                              "multiples of 8: Table 1 halves them three times")
         if self.norm != "group" and x.shape[2:] == (8, 8, 8):
-            raise ValueError("input is 8x8x8, expected a side of at least 16: instance norm of the one voxel at "
-                             "the lowest level is undefined")
+            raise ValueError("input is 8x8x8, expected a side of at least 16: one voxel is left at the lowest "
+                             "level, and instance norm of one is undefined")
         x0 = self.encoder_block0(self.init_conv(x))             # (B,  f, D,   H,   W)
         x1 = self.encoder_block1(self.encoder_down1(x0))        # (B, 2f, D/2, H/2, W/2)
         x2 = self.encoder_block2(self.encoder_down2(x1))        # (B, 4f, D/4, H/4, W/4)

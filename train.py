@@ -129,11 +129,11 @@ def listed_folds(path, cases):
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"--fold-list {path}: {error!r}, expected a data list with folds") from None
     naming = cases[0].naming
-    fold_of = {match(naming, naming.segmentation, label): fold for label, fold in labels.items()}
-    folds = [[case for case in cases if fold_of.get(case.name) == fold] for fold in sorted({*fold_of.values()})]
+    of = {match(naming, naming.segmentation, label): fold for label, fold in labels.items()}
+    folds = [[case for case in cases if of.get(case.name) == fold] for fold in sorted(set(of.values()))]
     here = sum(map(len, folds))
-    line = f"{path}: {len(labels) - here} of its cases are not in --data, {len(cases) - here} of --data not in it"
-    return folds, line
+    return folds, (f"{path}: {len(labels) - here} of its cases are not in --data, "
+                   f"{len(cases) - here} of --data not in it")
 
 
 def divide(args):
@@ -192,8 +192,8 @@ def check_room(args, precision, device, train_cases):
     readers = args.workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     samples = 3 * 9 * math.prod(args.crop) * readers    # bytes; a reader is two ahead
     if samples > free_shared_memory():
-        raise InputError(f"/dev/shm: {free_shared_memory() / 1e6:.0f} MB are free, expected {samples / 1e6:.0f} "
-                         "for samples on their way; see docker's --shm-size, or fewer --workers")
+        raise InputError(f"/dev/shm: {free_shared_memory() / 1e6:.0f} MB free, expected {samples / 1e6:.0f} for "
+                         "samples on their way; see docker's --shm-size, or fewer --workers")
     if args.cache:
         args.cache.mkdir(parents=True, exist_ok=True)
         missing = sum(not cache_entry(case, args.cache).exists() for case in train_cases)
