@@ -483,7 +483,10 @@ def prepare(case, cache=None):
     """
     entry = cache and cache_entry(case, cache)
     if entry and entry.exists():
-        return torch.load(entry, mmap=True, weights_only=True)    # a crop reads its own bytes alone
+        try:
+            return torch.load(entry, mmap=True, weights_only=True)    # a crop reads its own bytes alone
+        except Exception:    # whatever the unpickler and the zip reader meet
+            raise InputError(f"{entry}: cannot be loaded, expected a prepared case; delete it") from None
     image, target, affine = load_case(case)
     box = brain_box(image.any(0) | target[2])    # labels may reach beyond the brain
     inside = (slice(None), *(slice(lo, hi) for lo, hi in box))
