@@ -73,7 +73,7 @@ def random_crop(image, target, size, generator, corner=(0, 0, 0), shape=None):
         start = drawn - max(s - side, 0) // 2 - first    # in the box
         lo, hi = (min(max(end, 0), n) for end in (start, start + s))
         inside.append(slice(lo, hi))
-        place.append(slice(lo - start, hi - start) if lo < hi else slice(0))
+        place.append(slice(lo - start, hi - start))
     crops = []
     for volume in (image, target):
         crop = np.zeros((len(volume), *size), volume.numpy().dtype)    # NumPy takes memory zeroed already
