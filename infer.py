@@ -200,7 +200,7 @@ def choose_precision(amp, device):
         return AMP[amp]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    instructions = torch.cpu.get_capabilities()
+    instructions = getattr(torch.cpu, "get_capabilities", dict)()    # old releases do not tell
     return torch.bfloat16 if instructions.get("avx512_bf16") or instructions.get("amx_bf16") else None
 
 
