@@ -1,209 +1,199 @@
-"""segresnet.py against Table 1, the known parameter counts, and MONAI's SegResNet with the same weights."""
+"""segresnet.py against Table 1, known numbers of parameters, and MONAI's SegResNet with the same weights."""
 
-import os
 import re
-import shutil
-import subprocess
+import runpy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import segresnet
 from segresnet import ResBlock, SegResNet, from_monai, to_monai
 
-# Table 1 as the paper prints it: name, repeat.
-TABLE_1 = [
-    ("InitConv", 1),
-    ("EncoderBlock0", 1), ("EncoderDown1", 1), ("EncoderBlock1", 2), ("EncoderDown2", 1), ("EncoderBlock2", 2), ("EncoderDown3", 1),
-    ("EncoderBlock3", 4),
-    ("DecoderUp2", 1), ("DecoderBlock2", 1), ("DecoderUp1", 1), ("DecoderBlock1", 1), ("DecoderUp0", 1), ("DecoderBlock0", 1),
-    ("DecoderEnd", 1),
-]
-MONAI_NORMS = {"instance": ("instance", {}), "instance_affine": ("instance", {"affine": True}), "group": ("group", {"num_groups": 8})}
+# As the paper prints it: name, ops, repeat.
+TABLE_1 = """
+InitConv        Conv                                1
+EncoderBlock0   IN,ReLU,Conv,IN,ReLU,Conv, AddId    1
+EncoderDown1    Conv stride 2                       1
+EncoderBlock1   IN,ReLU,Conv,IN,ReLU,Conv, AddId    2
+EncoderDown2    Conv stride 2                       1
+EncoderBlock2   IN,ReLU,Conv,IN,ReLU,Conv, AddId    2
+EncoderDown3    Conv stride 2                       1
+EncoderBlock3   IN,ReLU,Conv,IN,ReLU,Conv, AddId    4
+DecoderUp2      UpConv, +EncoderBlock2              1
+DecoderBlock2   IN,ReLU,Conv,IN,ReLU,Conv, AddId    1
+DecoderUp1      UpConv, +EncoderBlock1              1
+DecoderBlock1   IN,ReLU,Conv,IN,ReLU,Conv, AddId    1
+DecoderUp0      UpConv, +EncoderBlock0              1
+DecoderBlock0   IN,ReLU,Conv,IN,ReLU,Conv, AddId    1
+DecoderEnd      IN,ReLU, Conv1, Sigmoid             1
+"""
+MONAI_NORMS = {"instance": ("instance", {}), "instance_affine": ("instance", {"affine": True}),
+               "group": ("group", {"num_groups": 8})}
 
 
-def monai_segresnet(filters, norm):
+def random_image(*sides, batch=1):
+    return torch.randn(batch, 4, *sides, generator=torch.Generator().manual_seed(1))
+
+
+def pair(norm, filters=8):
+    """Ours and MONAI's with the same weights."""
     nets = pytest.importorskip("monai.networks.nets")
-    net = nets.SegResNet(init_filters=filters, in_channels=4, out_channels=3, norm=MONAI_NORMS[norm], blocks_down=(1, 2, 2, 4), blocks_up=(1, 1, 1))
-    # Norms start as scale 1, shift 0, the same in every layer: randomised, so that one carried to the wrong layer shows.
-    with torch.no_grad():
-        for parameter in net.parameters():
+    torch.manual_seed(0)
+    ours = SegResNet(filters=filters, norm=norm)
+    theirs = nets.SegResNet(init_filters=filters, in_channels=4, out_channels=3, norm=MONAI_NORMS[norm],
+                            blocks_down=(1, 2, 2, 4), blocks_up=(1, 1, 1))
+    with torch.no_grad():    # norms start alike in every layer: one carried to the wrong layer would not show
+        for parameter in theirs.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
-    return net
+    ours.load_state_dict(from_monai(theirs.state_dict()))
+    return ours, theirs
 
 
-def pair(filters, norm):
-    torch.manual_seed(0)
-    monai = monai_segresnet(filters, norm)
-    ours = SegResNet(filters=filters, norm=norm)
-    ours.load_state_dict(from_monai(monai.state_dict()))
-    return ours, monai
+# ---- Table 1 -----------------------------------------------------------------------------------------------
 
 
-def image():
-    # No two sides alike, so that swapped axes show.
-    return torch.randn(1, 4, 24, 16, 8, generator=torch.Generator().manual_seed(1))
+def op(layer):
+    """A layer in the words of Table 1."""
+    if isinstance(layer, nn.Conv3d):
+        kinds = {(3, 1): "Conv", (3, 2): "Conv stride 2", (1, 1): "Conv1"}
+        return kinds[layer.kernel_size[0], layer.stride[0]]
+    return {nn.InstanceNorm3d: "IN", nn.ReLU: "ReLU", nn.Upsample: "Up"}[type(layer)]
 
 
-@pytest.mark.parametrize("norm, filters, expected", [
-    ("instance", 8, 1_175_163), ("instance", 16, 4_698_867), ("instance", 32, 18_791_907),
-    ("instance_affine", 8, 1_176_843), ("instance_affine", 16, 4_702_227), ("instance_affine", 32, 18_798_627),
-    ("group", 8, 1_176_843), ("group", 16, 4_702_227), ("group", 32, 18_798_627),
+def test_the_network_runs_the_rows_of_table_1():
+    network, ran, expected = SegResNet(filters=8), [], []
+    for name, layer in network.named_modules():
+        if not list(layer.children()):
+            row = name.split(".")[0]
+            layer.register_forward_hook(lambda layer, x, y, row=row: ran.append((row, op(layer))))
+    network(random_image(24, 16, 8))
+    for name, ops, repeat in re.findall(r"(\w+)  +(.+?)  +(\d)", TABLE_1):
+        row = re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()    # EncoderBlock0: encoder_block0
+        layers = re.sub(r"AddId|Sigmoid|\+\w+", "", ops).replace("UpConv", "Conv1,Up").split(",")
+        expected += [(row, layer.strip()) for layer in layers * int(repeat) if layer.strip()]
+    assert ran == expected
+
+
+def test_levels_halve_sides_double_channels_and_are_added():
+    network, entered, left = SegResNet(filters=8), {}, {}
+    for name, row in network.named_children():
+        row.register_forward_pre_hook(lambda _, x, name=name: entered.update({name: x[0]}))
+        row.register_forward_hook(lambda _, x, y, name=name: left.update({name: y}))
+    network(random_image(32, 24, 16))
+    for level in range(4):
+        assert left[f"encoder_block{level}"].shape == (1, 8 << level, 32 >> level, 24 >> level, 16 >> level)
+    for level in range(3):
+        summed = left[f"decoder_up{level}"] + left[f"encoder_block{level}"]
+        assert torch.equal(entered[f"decoder_block{level}"], summed)
+
+
+def test_a_residual_block_by_hand():
+    block, x = ResBlock(8, "instance"), 3 + 2 * random_image(5, 4, 3).repeat(1, 2, 1, 1, 1)
+    y = x
+    for conv in (block.conv1, block.conv2):
+        centred = y - y.mean((2, 3, 4), keepdim=True)
+        normed = centred / (centred.square().mean((2, 3, 4), keepdim=True) + 1e-5).sqrt()
+        y = F.conv3d(normed.clamp(min=0), conv.weight, padding=1)
+    torch.testing.assert_close(block(x), x + y)
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    ({}, 18_791_907),    # the paper's
+    ({"filters": 8}, 1_175_163), ({"filters": 16}, 4_698_867), ({"filters": 32}, 18_791_907),
+    ({"filters": 8, "norm": "instance_affine"}, 1_176_843), ({"filters": 8, "norm": "group"}, 1_176_843),
+    ({"filters": 16, "norm": "instance_affine"}, 4_702_227), ({"filters": 16, "norm": "group"}, 4_702_227),
+    ({"filters": 32, "norm": "instance_affine"}, 18_798_627), ({"filters": 32, "norm": "group"}, 18_798_627),
 ])
-def test_number_of_parameters(norm, filters, expected):
-    assert sum(p.numel() for p in SegResNet(filters=filters, norm=norm).parameters()) == expected
+def test_number_of_parameters(arguments, expected):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in SegResNet(**arguments).parameters()) == expected
 
 
-def test_defaults_are_the_papers():
-    assert sum(p.numel() for p in SegResNet().parameters()) == 18_791_907
-
-
-def test_rows_of_the_model_are_the_rows_of_table_1():
-    rows = [re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower() for name, _ in TABLE_1]
-    assert [name for name, _ in SegResNet(filters=8).named_children()] == rows
-
-
-def test_repeats_are_those_of_table_1():
-    found = {name: sum(isinstance(m, ResBlock) for m in row.modules()) for name, row in SegResNet(filters=8).named_children() if "block" in name}
-    assert list(found.values()) == [repeat for name, repeat in TABLE_1 if "Block" in name]
-
-
-def test_rows_run_in_the_order_of_table_1():
-    model, ran = SegResNet(filters=8), []
-    for name, row in model.named_children():
-        row.register_forward_hook(lambda *_, name=name: ran.append(name))
-    model(image())
-    assert ran == [name for name, _ in model.named_children()]
-
-
-@pytest.mark.parametrize("filters, norm", [
-    (8, "instance"), (16, "instance"), (32, "instance"), (8, "group"), (16, "group"), (32, "group"), (8, "instance_affine"),
+@pytest.mark.parametrize("norm, filters, sides", [
+    ("instance", 32, (24, 16, 8)), ("instance_affine", 8, (24, 16, 8)), ("group", 8, (24, 16, 8)),
+    ("instance", 8, (8, 16, 8)), ("group", 8, (8, 8, 8)),    # the smallest
 ])
-def test_outputs_and_gradients_equal_monai(filters, norm):
-    ours, monai = pair(filters, norm)
-    expected, found = monai(image()), ours(image())
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-    # Weights of its own for every output voxel: a plain sum would hide whatever the next norm cancels.
-    weight = torch.randn_like(expected)
-    (expected * weight).sum().backward()
+def test_outputs_and_gradients_equal_monai_bit_for_bit(norm, filters, sides):
+    ours, theirs = pair(norm, filters)
+    found, expected = ours(random_image(*sides)), theirs(random_image(*sides))
+    assert torch.equal(found, expected)
+    weight = torch.randn_like(expected)    # of each output voxel: the last norm would cancel a plain sum
     (found * weight).sum().backward()
-    gradients = from_monai({name: p.grad for name, p in monai.named_parameters()})
+    (expected * weight).sum().backward()
+    gradients = from_monai({name: p.grad for name, p in theirs.named_parameters()})
     assert gradients.keys() == dict(ours.named_parameters()).keys()
-    for name, parameter in ours.named_parameters():
-        scale = gradients[name].abs().max().item()
-        torch.testing.assert_close(parameter.grad, gradients[name], rtol=0, atol=1e-4 * scale, msg=lambda m: f"{name}: {m}")
-
-
-def kept_for_backward(network, x):
-    """The output, and the bytes of tensors that autograd keeps, parameters apart, each storage once."""
-    own = {p.untyped_storage().data_ptr() for p in network.parameters()}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)    # held, so that no other storage gets its address
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = network(x)
-    return y, sum(nbytes for nbytes, _ in kept.values())
-
-
-@pytest.mark.parametrize("norm", ["instance", "instance_affine", "group"])
-def test_what_is_computed_again_on_a_gpu_changes_no_gradient_runs_no_convolution_twice_and_saves_memory(monkeypatch, norm):
-    torch.manual_seed(0)
-    network, x = SegResNet(filters=8, norm=norm), torch.randn(2, 4, 32, 24, 16)
-    found = []
-    for again in (False, True):
-        monkeypatch.setattr(segresnet, "RECOMPUTE_ON_CPU", again)
-        network.zero_grad()
-        _, nbytes = kept_for_backward(network, x)
-        with FlopCounterMode(display=False) as flops:
-            y = network(x)
-            y.square().mean().backward()
-        found.append((nbytes, flops.get_total_flops(), y.detach(), [p.grad.clone() for p in network.parameters()]))
-    (plain, plain_flops, *plain_values), (less, flops, *values) = found
-    assert plain / less >= 1.6 and flops == plain_flops
-    torch.testing.assert_close(values, plain_values, atol=0, rtol=0)
+    assert [name for name, p in ours.named_parameters() if not torch.equal(p.grad, gradients[name])] == []
 
 
 @pytest.mark.parametrize("norm", MONAI_NORMS)
-def test_features_are_the_decoders_output_before_the_last_norm(norm):
-    ours, monai = pair(8, norm)
-    monai.use_conv_final = False    # MONAI's own switch: stop before the final norm
-    torch.testing.assert_close(ours.features(image()), monai(image()), rtol=1e-4, atol=1e-5)
+def test_features_are_what_the_final_norm_gets(norm):
+    (ours, theirs), x = pair(norm), random_image(24, 16, 8)
+    theirs.use_conv_final = False    # MONAI's own switch: stop before the final norm
+    features = ours.features(x)
+    assert torch.equal(features, theirs(x))
+    assert torch.equal(ours.decoder_end(features), ours(x))
+    assert torch.equal(features, theirs(x))    # the projection branch reads them too: no ReLU in place
 
 
-def test_features_then_decoder_end_is_forward_and_leaves_the_features_alone():
-    # The projection branch and the last row read the same features: an in-place ReLU must not reach them.
-    model = SegResNet(filters=8)
-    features = model.features(image())
-    before = features.clone()
-    assert torch.equal(model.decoder_end(features), model(image()))
-    assert torch.equal(features, before)
+def test_no_dropout_and_no_running_statistics():
+    network, x = SegResNet(filters=8), random_image(24, 16, 8)
+    network(7 * x + 5)
+    assert torch.equal(network.train()(x), network.eval()(x))
 
 
-@pytest.mark.parametrize("filters, norm", [(8, "instance"), (16, "instance"), (32, "instance"), (8, "group"), (16, "group"), (8, "instance_affine")])
-def test_weights_go_to_monai_and_back(filters, norm):
-    monai = monai_segresnet(filters, norm)
-    torch.manual_seed(2)
-    weights = SegResNet(filters=filters, norm=norm).state_dict()
-    monai.load_state_dict(to_monai(weights), strict=True)
-    back = from_monai(monai.state_dict())
-    assert back.keys() == weights.keys()
-    assert all(torch.equal(back[key], weights[key]) for key in weights)
+# ---- where the paper is silent -----------------------------------------------------------------------------
 
 
-def group_norm_weights():
-    return to_monai(SegResNet(filters=8, norm="group").state_dict())
+def test_the_one_bias_starts_at_a_probability_of_0_27():
+    biases = {name: p.tolist() for name, p in SegResNet(filters=8).named_parameters() if p.ndim == 1}
+    assert biases == {"decoder_end.2.bias": [-1, -1, -1]}    # sigmoid(-1) = 0.27
 
 
-@pytest.mark.parametrize("key", ["convInit.conv.bias", "down_layers.1.3.conv1.conv.weight", "dropout.weight", "state_dict"])
-def test_from_monai_names_an_unknown_key(key):
-    with pytest.raises(ValueError, match=re.escape(key)):
-        from_monai({**group_norm_weights(), key: torch.zeros(8)})
+def kept_for_backward(network, x):
+    """The bytes that autograd keeps of one forward pass, parameters apart, each storage once."""
+    own, kept = {p.data_ptr() for p in network.parameters()}, {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor    # held, so that no other gets its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        network(x)
+    return sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in own)
 
 
-@pytest.mark.parametrize("key", ["down_layers.3.4.conv2.conv.weight", "conv_final.2.conv.bias", "up_layers.1.0.norm2.weight", "conv_final.0.bias"])
-def test_from_monai_names_a_missing_key(key):
-    weights = group_norm_weights()
-    del weights[key]
-    with pytest.raises(ValueError, match=re.escape(key)):
-        from_monai(weights)
+@pytest.mark.parametrize("norm", MONAI_NORMS)
+def test_a_gpu_keeps_half_the_memory_and_the_same_gradients(norm, monkeypatch):
+    network, x, found = SegResNet(filters=8, norm=norm), random_image(32, 24, 16), []
+    for on_gpu in (False, True):
+        monkeypatch.setattr(torch.Tensor, "is_cuda", on_gpu, raising=False)
+        nbytes = kept_for_backward(network, x)
+        with FlopCounterMode(display=False) as flops:
+            y = network(x)
+            gradients = torch.autograd.grad(y.square().mean(), network.parameters())
+        found.append((nbytes, flops.get_total_flops(), y, gradients))
+    (plain, plain_flops, *expected), (less, flops, *values) = found
+    assert plain / less >= 1.6
+    assert flops == plain_flops    # no convolution runs twice
+    torch.testing.assert_close(values, expected, atol=0, rtol=0)
 
 
-def test_to_monai_names_a_key_that_is_not_ours():
-    with pytest.raises(ValueError, match="module.init_conv"):
-        to_monai({f"module.{key}": value for key, value in SegResNet(filters=8).state_dict().items()})
-
-
-@pytest.mark.parametrize("sides", [(32, 24, 12), (30, 24, 16), (32, 4, 16), (32, 24)])
-def test_a_side_that_cannot_be_halved_three_times_is_refused(sides):
-    with pytest.raises(ValueError, match=r"multiples of 8.*pad or crop"):
-        SegResNet(filters=8)(torch.zeros(1, 4, *sides))
-
-
-@pytest.mark.parametrize("norm", ["instance", "instance_affine"])
-def test_one_voxel_at_the_lowest_level_is_refused_with_instance_norm(norm):
-    with pytest.raises(ValueError, match="at least 16"):
-        SegResNet(filters=8, norm=norm)(torch.zeros(1, 4, 8, 8, 8))
-
-
-@pytest.mark.parametrize("norm, sides", [("group", (8, 8, 8)), ("instance", (8, 16, 8))])
-def test_the_smallest_volumes_that_work_equal_monai(norm, sides):
-    ours, monai = pair(8, norm)
-    x = torch.randn(1, 4, *sides)
-    torch.testing.assert_close(ours(x), monai(x), rtol=1e-4, atol=1e-4)
-
-
-def test_8x8x8_works_with_group_norm():
-    assert SegResNet(filters=8, norm="group")(torch.randn(1, 4, 8, 8, 8)).isfinite().all()
+@pytest.mark.parametrize("shape, words", [
+    ((1, 4, 32, 24, 12), "multiples of 8"), ((1, 4, 30, 24, 16), "multiples of 8"),
+    ((1, 4, 0, 16, 16), "multiples of 8"),
+    ((1, 4, 8, 8, 8), "at least 16"),    # instance norm of one voxel is undefined
+    ((4, 16, 16, 16), r"\(B, C, D, H, W\)"), ((16, 16), r"\(B, C, D, H, W\)"),
+])
+def test_shapes_that_table_1_cannot_take_are_refused(shape, words):
+    network = SegResNet(filters=8)
+    for function in (network, network.features):
+        with pytest.raises(ValueError, match=words):
+            function(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -215,20 +205,49 @@ def test_arguments_that_make_no_network_are_refused(arguments, words):
         SegResNet(**arguments)
 
 
-def test_the_file_works_alone(tmp_path):
-    shutil.copy(Path(__file__).parents[1] / "segresnet.py", tmp_path)
-    script = """
-import sys
-sys.modules.update(dict.fromkeys(["barlow", "data", "ensemble", "infer", "train", "monai", "nibabel", "scipy"]))   # None: cannot be imported
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-from segresnet import SegResNet
-torch.manual_seed(3)
-print(SegResNet(filters=8)(torch.randn(1, 4, 16, 8, 24)).double().abs().sum().item())
-"""
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    torch.manual_seed(3)
-    expected = SegResNet(filters=8)(torch.randn(1, 4, 16, 8, 24)).double().abs().sum().item()
-    assert float(done.stdout) == pytest.approx(expected, rel=1e-5)
+# ---- MONAI's weights, and copying --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", MONAI_NORMS)
+def test_weights_go_to_monai_and_back(norm):
+    (_, theirs), weights = pair(norm), SegResNet(filters=8, norm=norm).state_dict()
+    theirs.load_state_dict(to_monai(weights))
+    back = from_monai(theirs.state_dict())
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[key], weights[key]) for key in weights)
+
+
+def test_a_bundles_modalities_and_regions_are_permuted():
+    # It reads T1c, T1, T2, FLAIR and predicts TC, WT, ET. Ours: T1, T1c, T2, FLAIR, and ET, TC, WT.
+    (ours, theirs), image = pair("group"), random_image(24, 16, 8)
+    expected = theirs(image[:, [1, 0, 2, 3]])[:, [2, 0, 1]]
+    weights = ours.state_dict()
+    weights["init_conv.weight"] = weights["init_conv.weight"][:, [1, 0, 2, 3]]
+    for key in ("decoder_end.2.weight", "decoder_end.2.bias"):
+        weights[key] = weights[key][[2, 0, 1]]
+    ours.load_state_dict(weights)
+    torch.testing.assert_close(ours(image), expected)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_weights_as_training_scripts_save_them(prefix, wrapped):
+    weights = SegResNet(filters=8).state_dict()
+    saved = {prefix + key: tensor for key, tensor in to_monai(weights).items()}
+    found = from_monai({"state_dict": saved, "epoch": 300} if wrapped else saved)
+    assert found.keys() == weights.keys()
+    assert all(found[key] is weights[key] for key in weights)
+
+
+@pytest.mark.parametrize("key", ["convInit.conv.bias", "down_layers.1.3.conv1.conv.weight", "dropout.weight"])
+def test_a_key_that_table_1_does_not_have_is_named(key):
+    with pytest.raises(ValueError, match=re.escape(key)):
+        from_monai(to_monai(SegResNet(filters=8).state_dict()) | {key: torch.zeros(8)})
+
+
+def test_the_file_works_alone(monkeypatch):
+    for module in ("barlow", "data", "ensemble", "infer", "train", "monai", "nibabel", "numpy", "scipy"):
+        monkeypatch.setitem(sys.modules, module, None)    # cannot be imported
+    copied, original = runpy.run_path(segresnet.__file__)["SegResNet"](filters=8), SegResNet(filters=8)
+    copied.load_state_dict(original.state_dict())
+    assert torch.equal(copied(random_image(24, 16, 8)), original(random_image(24, 16, 8)))
