@@ -1,11 +1,7 @@
-"""ensemble.py against sums done by hand, scipy's geometric mean, and data.py's painting; then the command on NIfTI files."""
+"""ensemble.py against sums done by hand, scipy's geometric mean, and data.py's painting; then the command."""
 
-import os
-import runpy
 import shutil
-import subprocess
 import sys
-import weakref
 from pathlib import Path
 
 import nibabel as nib
@@ -16,156 +12,97 @@ from scipy import stats
 
 import ensemble
 from data import regions_to_labels
-from ensemble import METHODS, confidence, confidence_ensemble, geometric_mean_ensemble, mean_ensemble, paint
-
-SCRIPT = Path(__file__).parents[1] / "ensemble.py"
+from ensemble import METHODS, confidence, confidence_ensemble, geometric_mean_ensemble, mean_ensemble
 
 
 def region_maps(*maps):
-    """Each argument a map's voxels, one region -> (N, 1, 1, 1, voxels)."""
+    """Each argument a map's voxels, of one region -> (N, 1, 1, 1, voxels)."""
     return torch.tensor(maps).view(len(maps), 1, 1, 1, -1)
 
 
-def random_maps(n=5, seed=0):
-    return torch.rand(n, 3, 4, 5, 6, generator=torch.Generator().manual_seed(seed))
+def nested_maps(n, seed=0):
+    """(n, 3, 4, 5, 6): random, but the probabilities of ET, TC and WT rise in that order."""
+    return torch.rand(n, 3, 4, 5, 6, generator=torch.Generator().manual_seed(seed)).sort(1).values
 
 
-# ---- section 3.2 ------------------------------------------------------------------------------------------------------
+# ---- section 3.2 -------------------------------------------------------------------------------------------
 
 
-def test_confidence_is_the_mean_probability_inside_each_maps_own_region():
-    maps = region_maps([0.9, 0.7, 0.4, 0.1], [0.6, 0.2, 0.2, 0.2])
-    torch.testing.assert_close(confidence(maps), torch.tensor([[0.8], [0.6]]))
-
-
-def test_confidence_is_taken_per_map_and_region():
-    maps = random_maps().double()
-    expected = [[p[p > 0.5].mean() for p in regions] for regions in maps.numpy()]
+def test_confidence_is_the_mean_probability_inside_each_region():
+    found = confidence(region_maps([0.9, 0.7, 0.4, 0.1], [0.6, 0.2, 0.2, 0.2], [0.5, 0.5, 0.5, 0.75]))
+    torch.testing.assert_close(found, torch.tensor([[0.8], [0.6], [0.75]]))    # 1/2 is outside
+    maps = nested_maps(5)
+    expected = [[p[p > 0.5].mean() for p in regions] for regions in maps.double().numpy()]
     np.testing.assert_allclose(confidence(maps).numpy(), expected, rtol=1e-6)
 
 
-def test_a_probability_of_one_half_is_outside_the_region():
-    torch.testing.assert_close(confidence(region_maps([0.5, 0.5, 0.75])), torch.tensor([[0.75]]))
-
-
-def test_confidence_of_an_empty_map_is_nan():
-    assert confidence(region_maps([0.5, 0.1], [0.6, 0.1])).isnan().tolist() == [[True], [False]]
-
-
-def test_mean_by_hand():
-    assert mean_ensemble(region_maps([0.25, 1.0], [0.75, 0.5])).flatten().tolist() == [0.5, 0.75]
-
-
-def test_geometric_mean_equals_scipy():
-    maps = random_maps()
-    np.testing.assert_allclose(geometric_mean_ensemble(maps).numpy(), stats.gmean(maps.double().numpy(), axis=0), rtol=1e-5)
-
-
-def test_one_exact_zero_makes_the_geometric_mean_zero():
-    merged = geometric_mean_ensemble(region_maps([0.0, 0.25], [0.9, 1.0]))
-    torch.testing.assert_close(merged.flatten(), torch.tensor([0.0, 0.5]))
-
-
-def test_geometric_mean_of_many_tiny_probabilities_does_not_vanish():
-    merged = geometric_mean_ensemble(torch.full((40, 1, 1, 1, 2), 1e-30))    # their product is 1e-1200
-    torch.testing.assert_close(merged.flatten(), torch.tensor([1e-30, 1e-30]), rtol=1e-4, atol=0)
-
-
-@pytest.mark.parametrize("confidences, expected", [
-    ([0.6, 0.9, 0.7, 0.8, 0.55], (0.9 + 0.8 + 0.7) / 3),    # N = 5: the top 3
-    ([0.6, 0.9, 0.7, 0.8], (0.9 + 0.8) / 2),                # N = 4: the top 2
-    ([0.6, 0.9, 0.7], (0.9 + 0.7) / 2),
-    ([0.6, 0.9], 0.9),
-    ([0.6], 0.6),
-])
-def test_confidence_ensemble_is_the_mean_of_the_top_half_rounded_up(confidences, expected):
-    merged = confidence_ensemble(region_maps(*([p] for p in confidences)))    # maps of one voxel: confidence is its value
-    assert merged.item() == pytest.approx(expected, abs=1e-6)
-
-
 def test_a_small_sure_map_beats_a_large_unsure_one():
-    # Over all voxels the second has the higher mean: the rank must come from inside the region, the result from all voxels.
-    assert torch.equal(confidence_ensemble(region_maps([0.95, 0.1, 0.1], [0.6, 0.6, 0.6])), region_maps([0.95, 0.1, 0.1])[0])
-
-
-def test_one_map_comes_back_as_it_is():
-    maps = random_maps(1)
+    # The second has the higher mean over all voxels. The rank is of the region, what is averaged is the map.
+    maps = region_maps([0.95, 0.1, 0.1], [0.6, 0.6, 0.6])
     assert torch.equal(confidence_ensemble(maps), maps[0])
 
 
+@pytest.mark.parametrize("maps, expected", [
+    ([0.6, 0.9, 0.7, 0.8], (0.9 + 0.8) / 2),                       # N = 4: the top 2, with equal weights
+    ([0.6, 0.9], 0.9), ([0.6], 0.6),
+    # Where the paper is silent: N/2 is rounded up,
+    ([0.6, 0.9, 0.7, 0.8, 0.55], (0.9 + 0.8 + 0.7) / 3),
+    # empty maps are not ranked, but counted in N,
+    ([0.4, 0.9, 0.7, 0.45, 0.6], (0.9 + 0.7 + 0.6) / 3), ([0.4, 0.9, 0.7, 0.8, 0.6], (0.9 + 0.8 + 0.7) / 3),
+    # and where half are empty it is the mean of all.
+    ([0.9, 0.1, 0.2, 0.8], 2 / 4), ([0.9, 0.1, 0.2, 0.3, 0.8], 2.3 / 5), ([0.1, 0.2], 0.15), ([0.1], 0.1),
+])
+def test_the_top_half_by_hand(maps, expected):
+    assert confidence_ensemble(region_maps(*maps)).item() == pytest.approx(expected)    # one voxel each
+
+
 def test_each_region_is_ranked_by_itself():
-    maps = torch.tensor([[0.9, 0.6, 0.8], [0.6, 0.9, 0.7]]).view(2, 3, 1, 1, 1)
-    torch.testing.assert_close(confidence_ensemble(maps).flatten(), torch.tensor([0.9, 0.9, 0.8]))
+    maps = torch.tensor([[0.9, 0.6, 0.1, 0.1], [0.6, 0.9, 0.7, 0.2]]).view(2, 4, 1, 1, 1)
+    torch.testing.assert_close(confidence_ensemble(maps).flatten(), torch.tensor([0.9, 0.9, 0.4, 0.15]))
 
 
 def test_ties_go_by_the_order_of_the_maps():
-    maps = region_maps([0.6, 0.6], [0.75, 0.25], [0.25, 0.75], [0.75, 0.75])    # three with 0.75, N/2 = 2: the first two of them
+    maps = region_maps([0.6, 0.6], [0.75, 0.25], [0.25, 0.75], [0.75, 0.75])    # three have 0.75
     assert confidence_ensemble(maps).flatten().tolist() == [0.5, 0.5]
 
 
-@pytest.mark.parametrize("maps, expected", [
-    ([0.9, 0.1, 0.2, 0.8], (0.9 + 0.1 + 0.2 + 0.8) / 4),         # half are empty: the mean of all
-    ([0.9, 0.1, 0.2, 0.3, 0.8], (0.9 + 0.1 + 0.2 + 0.3 + 0.8) / 5),
-    ([0.1, 0.2], 0.15),                                          # all are
-    ([0.1], 0.1),
-    ([0.1, 0.9], 0.5),
-    ([0.4, 0.9, 0.7, 0.45, 0.6], (0.9 + 0.7 + 0.6) / 3),         # two of five: N/2 still counts five, so the top 3 of three
-    ([0.4, 0.9, 0.7, 0.8, 0.6], (0.9 + 0.8 + 0.7) / 3),          # one of five: the top 3 of four
-])
-def test_empty_maps(maps, expected):
-    assert confidence_ensemble(region_maps(*([p] for p in maps))).item() == pytest.approx(expected, abs=1e-6)
-
-
-def test_an_empty_region_does_not_touch_the_others():
-    maps = torch.tensor([[0.1, 0.6], [0.2, 0.9]]).view(2, 2, 1, 1, 1)
-    torch.testing.assert_close(confidence_ensemble(maps).flatten(), torch.tensor([0.15, 0.9]))
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_the_order_of_the_maps_does_not_matter_without_ties(method):
-    maps = random_maps(5)
-    maps[1, 0] *= 0.4    # one map empty in one region
-    permuted = METHODS[method](maps[torch.tensor([3, 0, 4, 1, 2])])
-    torch.testing.assert_close(permuted, METHODS[method](maps))
+def test_mean_and_geometric_mean():
+    assert mean_ensemble(region_maps([0.25, 1.0], [0.75, 0.5])).flatten().tolist() == [0.5, 0.75]
+    expected = stats.gmean(nested_maps(5).double().numpy(), axis=0)
+    np.testing.assert_allclose(geometric_mean_ensemble(nested_maps(5)).numpy(), expected, rtol=1e-5)
+    assert geometric_mean_ensemble(region_maps(0.0, 0.9)).item() == 0
+    assert geometric_mean_ensemble(region_maps(*[1e-30] * 40)).item() == pytest.approx(1e-30, rel=1e-4)
 
 
 def test_float16_maps_are_summed_in_float32():
-    maps = torch.full((3, 1, 48, 48, 48), 0.9, dtype=torch.float16)    # a sum of 1e5, beyond float16's 65504
-    maps[1] = 0.8
-    maps[2] = 0.7
-    high, middle, low = (float(np.float16(p)) for p in (0.9, 0.8, 0.7))
-    torch.testing.assert_close(confidence(maps).flatten(), torch.tensor([high, middle, low]), rtol=1e-5, atol=0)
-    expected = {"confidence": (high + middle) / 2, "mean": (high + middle + low) / 3, "geometric": (high * middle * low) ** (1 / 3)}
-    for method, value in expected.items():
-        merged = METHODS[method](maps)
-        assert merged.dtype == torch.float32
-        torch.testing.assert_close(merged, torch.full_like(merged, value), rtol=1e-5, atol=0)
+    p = torch.tensor([0.9, 0.8, 0.7], dtype=torch.float16).view(3, 1, 1, 1, 1)
+    maps, (high, middle, low) = p.expand(3, 1, 48, 48, 48), p.flatten().tolist()    # sums beyond 65504
+    assert confidence(maps).flatten().tolist() == pytest.approx([high, middle, low], rel=1e-5)
+    for method, expected in (("confidence", (high + middle) / 2), ("mean", (high + middle + low) / 3),
+                             ("geometric", (high * middle * low) ** (1 / 3))):
+        assert METHODS[method](maps)[0, 0, 0, 0].item() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("et_label", [3, 4])
-def test_painting_equals_that_of_data_py(et_label):
-    probabilities = random_maps(1)[0]
-    probabilities[:, 0, 0, 0] = 0.5    # not above 0.5
-    et, tc, wt = probabilities > 0.5
-    assert (et & ~tc).any() and (tc & ~wt).any()    # not nested, as raw maps are not
-    assert np.array_equal(paint(probabilities, et_label), regions_to_labels(probabilities > 0.5, et_label).numpy())
+@pytest.mark.parametrize("function", [confidence, *METHODS.values()])
+def test_nan_and_another_rank_are_refused(function):
+    maps = nested_maps(2)
+    for wrong in (maps[0], maps[None], torch.tensor(0.5)):
+        with pytest.raises(ValueError, match=r"\(N, C, D, H, W\)"):
+            function(wrong)
+    maps[1, 2, 3, 4, 5] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        function(maps)
 
 
-def test_painting_by_hand():
-    # Voxels: nothing, WT, TC without WT, ET without either, all three, exactly one half.
-    et, tc, wt = [0.1, 0.1, 0.1, 0.9, 0.9, 0.5], [0.1, 0.1, 0.9, 0.1, 0.9, 0.5], [0.1, 0.9, 0.1, 0.1, 0.9, 0.5]
-    probabilities = torch.tensor([et, tc, wt]).view(3, 1, 1, 6)
-    assert paint(probabilities, 4).flatten().tolist() == [0, 2, 1, 4, 4, 0]
-
-
-# ---- the command ------------------------------------------------------------------------------------------------------
+# ---- the command -------------------------------------------------------------------------------------------
 
 # Sheared, anisotropic, off-centre: nothing that a default could look like.
-AFFINE = np.array([[-0.9, 0.2, 0.0, 91.5], [0.1, 1.1, 0.3, -20.25], [0.0, -0.2, 2.5, 33.0], [0.0, 0.0, 0.0, 1.0]])
+AFFINE = np.array([[-0.9, 0.2, 0, 91.5], [0.1, 1.1, 0.3, -20.25], [0, -0.2, 2.5, 33], [0, 0, 0, 1]])
 
 
 def write_map(path, volume, affine=AFFINE):
-    image = nib.Nifti1Image(np.asarray(volume, np.float32), affine)
+    """Writes (3, X, Y, Z) as X, Y, Z, 3."""
+    image = nib.Nifti1Image(np.moveaxis(np.asarray(volume, np.float32), 0, -1), affine)
     image.set_sform(affine, code=4)
     image.set_qform(np.diag([1.0, 2.0, 3.0, 1.0]), code=1)
     image.header.set_xyzt_units("mm", "sec")
@@ -173,233 +110,168 @@ def write_map(path, volume, affine=AFFINE):
     nib.save(image, path)
 
 
+def voxels(path):
+    return torch.from_numpy(np.asarray(nib.load(path).dataobj))
+
+
 @pytest.fixture
 def folders(tmp_path):
-    """Three folders of maps for two cases; returns the folders and {case: (3, 3, X, Y, Z)}."""
-    maps = {case: random_maps(3, seed) for seed, case in enumerate(["BraTS2021_00001", "BraTS2021_00002"], 1)}
-    for case, volumes in maps.items():
-        for name, volume in zip("abc", volumes):
-            write_map(tmp_path / name / f"{case}.nii.gz", volume.movedim(0, 3))
-    return [tmp_path / name for name in "abc"], maps
+    """Three folders with maps of two cases, and {file name: (3, 3, X, Y, Z)}."""
+    maps = {f"BraTS2021_0000{seed}.nii.gz": nested_maps(3, seed) for seed in (1, 2)}
+    for name, volumes in maps.items():
+        for folder, volume in zip("abc", volumes):
+            write_map(tmp_path / folder / name, volume)
+    return [tmp_path / folder for folder in "abc"], maps
 
 
-def run_here(arguments, capsys, monkeypatch, script=SCRIPT):
-    """Runs the script as __main__ inside this process, which has PyTorch loaded already -> exit code, stdout, stderr.
+@pytest.fixture
+def merge(tmp_path, monkeypatch, capsys):
+    def merge(*arguments, out="out"):
+        """Runs the command in this process -> exit code, stderr, at most one line."""
+        monkeypatch.setattr(sys, "argv", ["ensemble.py", "--out", str(tmp_path / out), *map(str, arguments)])
+        try:
+            code = ensemble.main() or 0
+        except SystemExit as stop:
+            code = stop.code
+        error = capsys.readouterr().err
+        assert error.count("\n") == (code == 2)
+        return code, error
 
-    Any exception but SystemExit, which is what would print a traceback, fails the test.
-    """
-    monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
-    code = 0
-    try:
-        runpy.run_path(str(script), run_name="__main__")
-    except SystemExit as stop:
-        code = stop.code or 0
-    output = capsys.readouterr()
-    return code, output.out, output.err
+    return merge
 
 
-def run_alone(arguments, tmp_path):
-    """Runs a copy of the script with no other file of the project beside it, as a user would."""
-    folder = tmp_path / "elsewhere"
-    folder.mkdir()
-    shutil.copy(SCRIPT, folder)
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run([sys.executable, "ensemble.py", *map(str, arguments)], cwd=folder, env=env, capture_output=True, text=True)
+@pytest.mark.parametrize("method", [None, *METHODS])
+def test_the_command_writes_what_the_functions_give(folders, tmp_path, merge, method):
+    paths, maps = folders
+    assert merge(*(["--method", method] if method else []), *paths) == (0, "")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == maps.keys()
+    for name, volumes in maps.items():
+        expected = {key: regions_to_labels(function(volumes) > 0.5) for key, function in METHODS.items()}
+        assert len({labels.numpy().tobytes() for labels in expected.values()}) == 3    # a mix-up would show
+        assert torch.equal(voxels(tmp_path / "out" / name), expected[method or "confidence"])
+
+
+def test_affine_codes_and_units_stay_and_labels_are_uint8(folders, tmp_path, merge):
+    merge(*folders[0])
+    found, like = (nib.load(tmp_path / folder / "BraTS2021_00001.nii.gz") for folder in ("out", "a"))
+    assert (found.shape, found.get_data_dtype(), found.dataobj.slope) == ((4, 5, 6), np.uint8, 1)
+    for field in ("sform_code", "qform_code", "xyzt_units", "quatern_b", "quatern_c", "quatern_d"):
+        assert found.header[field] == like.header[field]
+    np.testing.assert_allclose(found.affine, AFFINE, atol=1e-5)
+
+
+@pytest.mark.parametrize("case, flags, necrosis, oedema, enhancing", [
+    ("BraTS2021_00001", [], 1, 2, 4), ("BraTS-GLI-00001-000", [], 1, 2, 3), ("BRATS_001", [], 2, 1, 3),
+    ("UCSF-PDGM-0004", [], 1, 2, 4), ("BraTS-PED-00002-000", ["--labels", 2, 4, 1], 2, 4, 1),
+])
+def test_labels_are_those_of_the_cases_cohort(tmp_path, merge, case, flags, necrosis, oedema, enhancing):
+    wt, tc, et = [0.5, 0.9, 0.9, 0.9], [0.1, 0.1, 0.9, 0.9], [0.1, 0.1, 0.1, 0.9]
+    write_map(tmp_path / "a" / f"{case}.nii.gz", np.reshape([et, tc, wt], (3, 4, 1, 1)))
+    assert merge(tmp_path / "a", *flags) == (0, "")
+    assert voxels(tmp_path / "out" / f"{case}.nii.gz").flatten().tolist() == [0, oedema, necrosis, enhancing]
+
+
+def test_what_the_labels_of_brats_ped_mean_must_be_told(tmp_path, merge):
+    write_map(tmp_path / "a" / "BraTS-PED-00002-000.nii.gz", np.full((3, 2, 2, 2), 0.5))
+    code, error = merge(tmp_path / "a")
+    assert code == 2 and "BraTS-PED-00002-000.nii.gz" in error and "--labels" in error
+
+
+def tumour():
+    """(3, 12, 12, 12): ET, TC and WT as cubes of 3, 6 and 9 voxels a side, one inside the other."""
+    volume = np.full((3, 12, 12, 12), 0.1)
+    for region, side in zip(volume, (3, 6, 9)):
+        region[1:1 + side, 1:1 + side, 1:1 + side] = 0.9
+    return volume
+
+
+@pytest.mark.parametrize("order", [[1, 2, 0], [2, 1, 0], [0, 2, 1]])    # the first is MONAI's: TC, WT, ET
+def test_maps_in_another_order_are_refused(tmp_path, merge, order):
+    write_map(tmp_path / "a" / "case.nii.gz", tumour()[order])
+    code, error = merge(tmp_path / "a")
+    assert code == 2 and "case.nii.gz" in error and "expected ET, TC, WT" in error
+
+
+@pytest.mark.parametrize("inside", [0.1, 0.9])    # without ET's 27 voxels inside TC, and with them
+def test_stray_voxels_of_a_young_network_are_merged(tmp_path, merge, inside):
+    volume = tumour()
+    volume[0, volume[0] > 0.5] = inside
+    volume[0, 11, 11, :10] = 0.9    # 10 voxels outside all
+    write_map(tmp_path / "a" / "case.nii.gz", volume)
+    assert merge(tmp_path / "a") == (0, "")
+    assert torch.equal(voxels(tmp_path / "out/case.nii.gz"), regions_to_labels(torch.tensor(volume) > 0.5))
+
+
+def test_what_resampling_overshoots_is_cut_off(tmp_path):
+    write_map(tmp_path / "case.nii.gz", np.reshape([-0.0009, 0.5, 1.0009], (3, 1, 1, 1)))
+    assert ensemble.load_maps([tmp_path / "case.nii.gz"])[0].flatten().tolist() == [0, 0.5, 1]
+
+
+def claim(path, shape):
+    """A header without voxels."""
+    header = nib.Nifti1Header()
+    header.set_data_shape(shape)
+    with nib.openers.ImageOpener(path, "wb") as file:
+        header.write_to(file)
+
+
+HALF = np.full((3, 4, 5, 6), 0.5)
+DAMAGES = {    # what is done, what the line must tell besides the folder
+    "another shape": (lambda path: write_map(path, HALF[..., :5]), "(4, 5, 5, 3)"),
+    "another affine": (lambda path: write_map(path, HALF, np.diag([-1.0, -1, 1, 1])), "affine"),
+    "two regions": (lambda path: write_map(path, HALF[:2]), "(4, 5, 6, 2)"),
+    "one region": (lambda path: nib.save(nib.Nifti1Image(HALF[0], AFFINE), path), "(4, 5, 6)"),
+    "too large": (lambda path: claim(path, (5000, 5000, 2, 3)), "(5000, 5000, 2, 3)"),
+    "above one": (lambda path: write_map(path, HALF + 1), "1.5"),
+    "below zero": (lambda path: write_map(path, HALF - 0.75), "-0.25"),
+    "not a number": (lambda path: write_map(path, np.where(np.arange(6) == 3, np.nan, HALF)), "nan"),
+    "text": (lambda path: path.write_text("not a volume"), "00001.nii.gz"),
+    "empty": (lambda path: path.write_bytes(b""), "00001.nii.gz"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-200]), "00001.nii.gz"),
+    "missing": (lambda path: path.unlink(), "00001.nii.gz"),
+    "no folder": (lambda path: shutil.rmtree(path.parent), ""),
+}
 
 
 def files_below(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_command_writes_the_labels_that_the_functions_give(folders, tmp_path, capsys, monkeypatch, method):
-    paths, maps = folders
-    code, _, err = run_here(["--method", method, "--out", tmp_path / "out", *paths], capsys, monkeypatch)
-    assert (code, err) == (0, "")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [f"{case}.nii.gz" for case in maps]
-    for case, volumes in maps.items():
-        labels = np.asarray(nib.load(tmp_path / "out" / f"{case}.nii.gz").dataobj)
-        expected = {m: regions_to_labels(merge(volumes) > 0.5).numpy() for m, merge in METHODS.items()}
-        assert len({e.tobytes() for e in expected.values()}) == 3    # the three differ here, so that a mix-up shows
-        assert np.array_equal(labels, expected[method])
-
-
-def test_command_keeps_affine_codes_and_units_and_writes_uint8(folders, tmp_path, capsys, monkeypatch):
-    paths, _ = folders
-    run_here(["--out", tmp_path / "out", *paths], capsys, monkeypatch)
-    found, like = nib.load(tmp_path / "out" / "BraTS2021_00001.nii.gz"), nib.load(paths[0] / "BraTS2021_00001.nii.gz")
-    assert found.shape == (4, 5, 6) and found.get_data_dtype() == np.uint8 and found.dataobj.slope == 1
-    for field in ("sform_code", "qform_code", "xyzt_units", "srow_x", "srow_y", "srow_z", "quatern_b", "quatern_c", "quatern_d", "qoffset_x"):
-        assert np.array_equal(found.header[field], like.header[field]), field
-    assert np.array_equal(found.header["pixdim"][:4], like.header["pixdim"][:4])
-    np.testing.assert_allclose(found.affine, AFFINE, atol=1e-5)
-
-
-def test_command_works_as_a_single_copied_file_with_et_label_3(folders, tmp_path):
-    paths, maps = folders
-    done = run_alone(["--method", "confidence", "--out", tmp_path / "out", "--et-label", 3, *paths], tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    for case, volumes in maps.items():
-        labels = np.asarray(nib.load(tmp_path / "out" / f"{case}.nii.gz").dataobj)
-        assert np.array_equal(labels, regions_to_labels(confidence_ensemble(volumes) > 0.5, et_label=3).numpy())
-
-
-def test_command_merges_by_confidence_by_default_and_paints_et_as_4(folders, tmp_path, capsys, monkeypatch):
-    paths, maps = folders
-    run_here(["--out", tmp_path / "out", *paths], capsys, monkeypatch)
-    for case, volumes in maps.items():
-        labels = np.asarray(nib.load(tmp_path / "out" / f"{case}.nii.gz").dataobj)
-        assert np.array_equal(labels, regions_to_labels(confidence_ensemble(volumes) > 0.5, et_label=4).numpy())
-
-
-def test_command_never_holds_the_maps_of_two_cases(folders, tmp_path, capsys, monkeypatch):
-    paths, _ = folders
-    load, loaded, alive = ensemble.load_maps, [], []
-
-    def watched(case_paths):
-        alive.append(sum(maps() is not None for maps in loaded))    # those of the cases before
-        maps, image = load(case_paths)
-        loaded.append(weakref.ref(maps))
-        return maps, image
-
-    monkeypatch.setattr(ensemble, "load_maps", watched)
-    monkeypatch.setattr(sys, "argv", ["ensemble.py", "--out", str(tmp_path / "out"), *map(str, paths)])
-    ensemble.main()
-    assert alive == [0, 0]
-
-
-def missing_case(folder):
-    (folder / "BraTS2021_00001.nii.gz").unlink()
-    return f"{folder / 'BraTS2021_00001.nii.gz'}: missing"
-
-
-def other_shape(folder):
-    write_map(folder / "BraTS2021_00001.nii.gz", np.full((4, 5, 7, 3), 0.5))
-    return r"00001.nii.gz: shape (4, 5, 7, 3)"
-
-
-def other_affine(folder):
-    write_map(folder / "BraTS2021_00001.nii.gz", np.full((4, 5, 6, 3), 0.5), np.diag([-1.0, -1, 1, 1]))
-    return "affine differs"
-
-
-def three_axes(folder):
-    write_map(folder / "BraTS2021_00001.nii.gz", np.full((4, 5, 6), 0.5))
-    return "shape (4, 5, 6), expected (X, Y, Z, 3)"
-
-
-def text_file(folder):
-    (folder / "BraTS2021_00001.nii.gz").write_text("not a volume\n")
-    return "00001.nii.gz: cannot be read"
-
-
-def empty_file(folder):
-    (folder / "BraTS2021_00001.nii.gz").write_bytes(b"")
-    return "00001.nii.gz: cannot be read"
-
-
-def truncated_file(folder):
-    path = folder / "BraTS2021_00001.nii.gz"
-    path.write_bytes(path.read_bytes()[:-200])
-    return "00001.nii.gz: cannot be read"
-
-
-def one_voxel(value):
-    volume = np.full((4, 5, 6, 3), 0.5)
-    volume[1, 2, 3, 0] = value
-    return volume
-
-
-def above_one(folder):
-    write_map(folder / "BraTS2021_00001.nii.gz", one_voxel(1.5))
-    return "values from 0.5 to 1.5, expected probabilities in [0, 1]"
-
-
-def below_zero(folder):
-    write_map(folder / "BraTS2021_00001.nii.gz", one_voxel(-0.25))
-    return "values from -0.25 to 0.5, expected probabilities in [0, 1]"
-
-
-def not_a_number(folder):
-    write_map(folder / "BraTS2021_00001.nii.gz", one_voxel(np.nan))
-    return "00001.nii.gz: values from nan"
-
-
-def no_files(folder):
-    for path in folder.iterdir():
-        path.unlink()
-    return f"{folder}: no *.nii.gz file"
-
-
-def no_folder(folder):
-    shutil.rmtree(folder)
-    return f"{folder}: no"
-
-
-def assert_one_line(err, words):
-    assert err.startswith("ensemble.py: error: ") and err.count("\n") == 1 and err.endswith("\n"), err
-    assert words in err and "Traceback" not in err
-
-
-BREAKS = [missing_case, other_shape, other_affine, three_axes, text_file, empty_file, truncated_file, above_one, below_zero,
-          not_a_number, no_files, no_folder]
-
-
-@pytest.mark.parametrize("break_it", BREAKS, ids=lambda f: f.__name__)
-def test_input_that_cannot_be_merged_is_one_line_and_exit_code_2(folders, tmp_path, capsys, monkeypatch, break_it):
-    paths, _ = folders
-    words = break_it(paths[1])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_cannot_be_merged_is_named(folders, tmp_path, merge, damage):
+    path, (do, found) = tmp_path / "b" / "BraTS2021_00001.nii.gz", DAMAGES[damage]
+    do(path)
     before = files_below(tmp_path)
-    code, _, err = run_here(["--out", tmp_path / "out", *paths], capsys, monkeypatch)
-    assert code == 2
-    assert_one_line(err, words)
+    code, error = merge(*folders[0])
+    assert code == 2 and str(path.parent) in error and found in error
     assert files_below(tmp_path) == before
 
 
-def below_a_file(tmp_path, paths):
+@pytest.mark.parametrize("out", ["file", "file/out", "b", "a/../c"])    # the last two are FOLDERs
+def test_a_place_that_cannot_be_written_is_named(folders, tmp_path, merge, out):
     (tmp_path / "file").write_text("")
-    return tmp_path / "file" / "out"
-
-
-def a_file(tmp_path, paths):
-    (tmp_path / "file").write_text("")
-    return tmp_path / "file"
-
-
-def an_input(tmp_path, paths):
-    return paths[1] / ".." / paths[1].name
-
-
-@pytest.mark.parametrize("choose_out", [below_a_file, a_file, an_input], ids=lambda f: f.__name__)
-def test_a_place_that_cannot_be_written_is_one_line_and_exit_code_2(folders, tmp_path, capsys, monkeypatch, choose_out):
-    paths, _ = folders
-    out = choose_out(tmp_path, paths)
     before = files_below(tmp_path)
-    code, _, err = run_here(["--out", out, *paths], capsys, monkeypatch)
-    assert code == 2
-    assert_one_line(err, str(out))
+    code, error = merge(*folders[0], out=out)
+    assert code == 2 and str(tmp_path / out) in error
     assert files_below(tmp_path) == before
 
 
-def test_a_disk_that_fills_up_leaves_no_half_file(folders, tmp_path, capsys, monkeypatch):
-    def full(image, path):
+@pytest.mark.parametrize("stop, code, words", [(OSError(28, "disk is full"), 2, "disk is full"),
+                                               (KeyboardInterrupt(), 130, "")])
+def test_a_full_disk_or_ctrl_c_leaves_no_half_file(folders, tmp_path, merge, monkeypatch, stop, code, words):
+    def half(image, path):
         Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+        raise stop
 
-    paths, _ = folders
-    monkeypatch.setattr(nib, "save", full)
+    monkeypatch.setattr(nib, "save", half)
     before = files_below(tmp_path)
-    code, _, err = run_here(["--out", tmp_path / "out", *paths], capsys, monkeypatch)
-    assert code == 2
-    assert_one_line(err, "No space left on device")
+    found, error = merge(*folders[0])
+    assert found == code and words in error
     assert files_below(tmp_path) == before
 
 
-def test_the_real_process_ends_with_exit_code_2_and_one_line(folders, tmp_path):
-    paths, _ = folders
-    words = truncated_file(paths[2])
-    before = files_below(tmp_path)
-    done = run_alone(["--out", tmp_path / "out", *paths], tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert_one_line(done.stderr, words)
-    assert files_below(tmp_path).keys() - before.keys() == {tmp_path / "elsewhere" / "ensemble.py"}
+def test_the_file_works_alone(run, folders, tmp_path):
+    shutil.copy(ensemble.__file__, tmp_path)
+    run(tmp_path / "ensemble.py", "--method", "mean", "--out", "out", "a", "b", "c", cwd=tmp_path, ok=0)
+    for name, volumes in folders[1].items():
+        assert torch.equal(voxels(tmp_path / "out" / name), regions_to_labels(volumes.mean(0) > 0.5))
