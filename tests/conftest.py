@@ -1,4 +1,4 @@
-"""What the tests share: running the project's commands, a small synthetic cohort, a small checkpoint, the real case if there is one."""
+"""What the tests share: running a command, a synthetic cohort, a checkpoint trained on it, the real cases."""
 
 import os
 import subprocess
@@ -12,20 +12,21 @@ sys.path.insert(0, str(REPO))
 
 
 def _run(*command, cwd=REPO, ok=None):
-    """Runs `python script argument ...` and returns its CompletedProcess, stdout and stderr as text.
+    """Runs `python script argument ...` -> its CompletedProcess, stdout and stderr as text.
 
-    script: as seen from the repository's root, an absolute path, or an option of python's such as "-m". ok: the exit code that
-    is asserted, if given. One thread, so that tests beside each other do not fight for the cores, and no PYTHONPATH, so that a
-    script finds what lies beside it and nothing else.
+    script: as seen from the repository's root, an absolute path, or an option of python's such as "-m".
+    ok: the exit code that is asserted, if given.
     """
     script, *arguments = map(str, command)
     script = script if script.startswith("-") else REPO / script
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    # A script finds what lies beside it and nothing else; tests beside each other do not fight for the cores.
+    unset = ("PYTHONPATH", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
     environment["OMP_NUM_THREADS"] = "1"
-    process = subprocess.run([sys.executable, script, *arguments], cwd=cwd, env=environment, stdin=subprocess.DEVNULL,
-                             capture_output=True, text=True, encoding="utf-8", timeout=600)
-    if ok is not None:
-        assert process.returncode == ok, f"exit code {process.returncode}, expected {ok}\n{process.stdout}\n{process.stderr}"
+    process = subprocess.run([sys.executable, script, *arguments], cwd=cwd, env=environment, timeout=600,
+                             stdin=subprocess.DEVNULL, capture_output=True, text=True, encoding="utf-8")
+    output = f"\n{process.stdout}\n{process.stderr}"
+    assert ok is None or process.returncode == ok, f"exit code {process.returncode}, expected {ok}{output}"
     return process
 
 
@@ -36,7 +37,7 @@ def run():
 
 @pytest.fixture(scope="session")
 def cohort(tmp_path_factory):
-    """The folder of a synthetic cohort of 6 cases, BraTS2021_00000 to 00005, 32x32x32. Tests must not write into it."""
+    """The folder of 6 synthetic cases, BraTS2021_00000 to 00005, 32x32x32. Tests only read it."""
     folder = tmp_path_factory.mktemp("phantom") / "cohort"
     _run("examples/phantom.py", folder, "--cases", 6, "--shape", 32, 32, 32, ok=0)
     return folder
@@ -44,16 +45,16 @@ def cohort(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def checkpoint(cohort, tmp_path_factory):
-    """best.pt of one short epoch of fold 0 of 2 on `cohort`; log.csv and last.pt lie beside it. Tests must not write there."""
+    """best.pt of one epoch of fold 0 of 2 on `cohort`, log.csv and last.pt beside it. Tests only read it."""
     out = tmp_path_factory.mktemp("runs") / "fold0"
-    _run("train.py", "--data", cohort, "--fold", 0, "--folds", 2, "--out", out, "--epochs", 1, "--crop", 32, 32, 32, "--filters", 8,
-         "--norm", "instance", "--pool", 8, "--dim", 4, "--workers", 0, "--amp", "off", ok=0)
+    _run("train.py", "--data", cohort, "--fold", 0, "--folds", 2, "--out", out, "--epochs", 1, "--filters", 8,
+         "--norm", "instance", "--crop", 32, 32, 32, "--pool", 8, "--dim", 4, "--workers", 0, "--amp", "off", ok=0)
     return out / "best.pt"
 
 
 @pytest.fixture(scope="session")
 def real_case():
-    """The folder that the environment variable BRATS_DATA names: real BraTS cases, which cannot be passed on with the code."""
+    """The folder of real BraTS cases, one or more, that the environment variable BRATS_DATA names."""
     if not os.environ.get("BRATS_DATA"):
         pytest.skip("BRATS_DATA names no folder of real cases")
     return Path(os.environ["BRATS_DATA"])
