@@ -1,15 +1,17 @@
-"""infer.py: windows and blending against MONAI and by hand, Dice and HD95, and the command."""
+"""infer.py: Dice and HD95, prediction by windows, the tables, checkpoints, the command."""
 
 import csv
-import shutil
+import itertools
+import sys
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 
-from data import find_cases, labels_to_regions, load_case, normalize, regions_to_labels
-from infer import HD95_ONE_EMPTY, axis_windows, choose_window, dice, hausdorff95, load_checkpoint, predict
+import infer
+from data import InputError, find_cases, labels_to_regions, load_case, normalize, regions_to_labels
+from infer import axis_windows, choose_window, dice, hausdorff95, load_checkpoint, predict, score
 from segresnet import SegResNet
 
 
@@ -19,257 +21,314 @@ def model():
     return SegResNet(filters=8).eval()
 
 
-# ---- predict ----------------------------------------------------------------------------------------------------------
+@pytest.fixture(params=[np.asarray, torch.as_tensor], ids=["array", "tensor"])
+def mask(request):
+    """Makes a 20x20x20 mask of boxes, as a NumPy array and as a tensor."""
+    def make(*boxes):
+        volume = np.zeros((20, 20, 20), bool)
+        for box in boxes:
+            volume[box] = True
+        return request.param(volume)
+    return make
 
 
-@pytest.mark.parametrize(("lo", "hi", "n", "side", "starts", "grown"), [
-    (30, 130, 240, 192, [0], 192),          # centred on 80 would start at -16: moved inside
-    (60, 180, 240, 192, [24], 192),         # (60 + 180 - 192) / 2
-    (150, 240, 240, 192, [48], 192),        # moved inside at the other end
-    (20, 220, 240, 192, [20], 200),         # 200 voxels: 8 more than the window, which grows to the next multiple of 8
-    (20, 228, 240, 192, [20], 208),         # 16 more: the most it grows
-    (10, 219, 240, 192, [10, 27], 192),     # 17 more: two windows, the second flush with the brain's end
-    (0, 240, 240, 96, [0, 48, 96, 144], 96),
-    (0, 100, 100, 144, [0], 144),           # smaller than the window: padded to it
-    (0, 150, 150, 144, [0], 152),           # grown beyond the volume: padded
-])
-def test_windows_along_one_axis(lo, hi, n, side, starts, grown):
-    assert axis_windows(lo, hi, n, side) == (starts, grown)
+# ---- section 4: Dice and Hausdorff95 ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("extents", "crop", "window"), [
-    ((140, 178, 136), (192, 192, 144), (192, 192, 144)),    # the paper's crop stays
-    ((134, 177, 136), (96, 96, 96), (136, 184, 136)),       # grown to the brain, in multiples of 8
-    ((200, 90, 150), (96, 96, 96), (192, 96, 144)),         # up to the paper's; predict() grows or blends beyond
-])
-def test_the_window_grows_to_the_brain_up_to_the_papers(extents, crop, window):
-    image = torch.zeros(4, 240, 240, 155)
-    image[2, 10:10 + extents[0], 20:20 + extents[1], 3:3 + extents[2]] = 1.0
-    assert choose_window(image, crop) == window
-
-
-def test_one_window_is_the_network_on_that_box_and_zero_outside(model):
-    image = torch.zeros(4, 48, 40, 40)
-    image[:, 10:30, 4:34, 6:36] = torch.randn(4, 20, 30, 30, generator=torch.Generator().manual_seed(1))
-    found = predict(model, image, roi=(32, 32, 32))
-    box = (slice(None), slice(4, 36), slice(3, 35), slice(5, 37))    # 32 voxels centred on 10..30, 4..34, 6..36
-    with torch.no_grad():
-        expected = torch.sigmoid(model(image[box][None]))[0]
-    torch.testing.assert_close(found[box], expected, rtol=1e-5, atol=1e-6)
-    outside = found.clone()
-    outside[box] = 0
-    assert not outside.any() and found[box].min() > 0
-
-
-@pytest.mark.parametrize("shape", [(64, 50, 32), (80, 72, 51)])
-def test_several_windows_blend_as_monai_does(model, shape):
-    inferers = pytest.importorskip("monai.inferers")
-    image = torch.randn(4, *shape, generator=torch.Generator().manual_seed(2))    # no zeros: the brain is the whole volume
-    # MONAI knows nothing of our growing windows: it is given the size that ours come to.
-    size = [axis_windows(0, n, n, 32)[1] for n in shape]
-    with torch.no_grad():
-        expected = inferers.sliding_window_inference(image[None], size, 1, lambda x: torch.sigmoid(model(x)), overlap=0.5, mode="gaussian")[0]
-    torch.testing.assert_close(predict(model, image, roi=(32, 32, 32)), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_a_small_volume_is_padded_with_zeros_on_both_sides(model):
-    image = torch.randn(4, 20, 32, 26, generator=torch.Generator().manual_seed(3))
-    padded = torch.zeros(4, 32, 32, 32)
-    padded[:, 6:26, :, 3:29] = image
-    with torch.no_grad():
-        expected = torch.sigmoid(model(padded[None]))[0, :, 6:26, :, 3:29]
-    torch.testing.assert_close(predict(model, image, roi=(32, 32, 32)), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_flips_average_all_eight_mirrorings(model):
-    image = torch.randn(4, 32, 32, 32, generator=torch.Generator().manual_seed(4))
-    expected = torch.zeros(3, 32, 32, 32)
-    for flip_d in (False, True):
-        for flip_h in (False, True):
-            for flip_w in (False, True):
-                axes = [axis for axis, flip in ((1, flip_d), (2, flip_h), (3, flip_w)) if flip]
-                with torch.no_grad():
-                    expected += torch.sigmoid(model(image.flip(axes)[None]))[0].flip(axes) / 8
-    torch.testing.assert_close(predict(model, image, (32, 32, 32), flips=True), expected, rtol=1e-5, atol=1e-6)
-    mirrored = predict(model, image.flip(2), (32, 32, 32), flips=True).flip(2)    # the mean over a group commutes with its members
-    torch.testing.assert_close(mirrored, expected, rtol=1e-5, atol=1e-6)
-
-
-# ---- scores -----------------------------------------------------------------------------------------------------------
-
-
-def mask(*boxes, shape=(20, 20, 20)):
-    volume = torch.zeros(shape, dtype=torch.bool)
-    for box in boxes:
-        volume[box] = True
-    return volume
-
-
-def test_dice_by_hand():
+def test_dice_by_hand(mask):
     a, b = mask((slice(0, 4), 0, 0)), mask((slice(2, 8), 0, 0))
-    assert dice(a, b) == pytest.approx(2 * 2 / (4 + 6))
-    assert dice(a, mask()) == 0.0 and dice(mask(), a) == 0.0 and dice(mask(), mask()) == 1.0
+    assert dice(a, b) == dice(b, a) == 2 * 2 / (4 + 6) and dice(a, a) == 1
 
 
-def test_hausdorff95_by_hand():
-    assert hausdorff95(mask((3, 4, 5)), mask((6, 8, 5))) == pytest.approx(5.0)                        # a 3-4-5 triangle
-    assert hausdorff95(mask((3, 4, 5)), mask((6, 8, 5)), spacing=(2, 1, 1)) == pytest.approx(52**0.5)
-    assert hausdorff95(mask(), mask()) == 0.0
-    assert hausdorff95(mask((3, 4, 5)), mask()) == HD95_ONE_EMPTY == 373.13 == hausdorff95(mask(), mask((3, 4, 5)))
-    # One far voxel among 40: towards b the distances are 0 (40 times) and 10; the 95th percentile of 41 values is the 39th
-    # of 0..40, so 0. Towards a all are 0. Pooled or maximal distances would not be 0.
+def test_empty_regions_count_as_in_brats(mask):
+    one, none = mask((3, 4, 5)), mask()
+    assert dice(none, none) == 1 and dice(one, none) == dice(none, one) == 0
+    assert hausdorff95(none, none) == 0 and hausdorff95(one, none) == hausdorff95(none, one) == 373.13
+
+
+def test_hausdorff95_by_hand(mask):
+    here, there = mask((3, 4, 5)), mask((6, 8, 5))
+    assert hausdorff95(here, there) == pytest.approx(5)                             # a 3-4-5 triangle
+    assert hausdorff95(here, there, spacing=(2, 1, 1)) == pytest.approx(52**0.5)    # 6 mm and 4 mm
+    # 40 voxels are 0 away, one is 10: the 95th percentile of the 41 is number 38, counted from 0.
     line, far = (slice(0, 10), slice(0, 4), 0), (19, 3, 0)
-    assert hausdorff95(mask(line, far), mask(line)) == 0.0
-    # Directed percentiles: of a's two voxels one is 0 and one 10 away, 95 % of the way from 0 to 10; b's one voxel is 0 away.
+    assert hausdorff95(mask(line, far), mask(line)) == 0
+    # Of two voxels one is 0 away and one 10: 95 % of the way. Pooled with the way back it would be 9.
     assert hausdorff95(mask((0, 0, 0), (10, 0, 0)), mask((0, 0, 0))) == pytest.approx(9.5)
 
 
-def test_the_inside_of_a_mask_does_not_count():
-    solid, shell = mask((slice(2, 12),) * 3), mask((slice(2, 12),) * 3)
-    shell[3:11, 3:11, 3:11] = False
-    # a shell one voxel thick is the solid's surface: were the inside counted, its voxels would be up to 4 away
-    assert hausdorff95(solid, shell) == 0.0
-
-
-def test_hausdorff95_equals_monai_on_phantom_masks(cohort):
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (1.0, 2.0, 0.7)])
+def test_hausdorff95_is_monais(cohort, spacing):
     metrics = pytest.importorskip("monai.metrics")
     targets = [load_case(case)[1] for case in find_cases(cohort)]
-    compared = 0
-    for a, b in zip(targets, targets[1:]):
-        for spacing in ((1.0, 1.0, 1.0), (1.0, 2.0, 0.7)):
-            for p, t in zip(a, b):
-                if p.any() and t.any():
-                    expected = metrics.compute_hausdorff_distance(p[None, None], t[None, None], include_background=True, percentile=95, spacing=spacing)
-                    assert hausdorff95(p, t, spacing) == pytest.approx(expected.item(), abs=2e-5)
-                    compared += 1
-    assert compared > 10
+    pairs = [(p, t) for a, b in itertools.pairwise(targets) for p, t in zip(a, b) if p.any() and t.any()]
+    assert len(pairs) > 10
+    for p, t in pairs:
+        expected = metrics.compute_hausdorff_distance(p[None, None], t[None, None], include_background=True,
+                                                      percentile=95, spacing=spacing)
+        assert hausdorff95(p, t, spacing) == pytest.approx(expected.item(), abs=2e-5)
 
 
-# ---- the command ------------------------------------------------------------------------------------------------------
+def test_scores_are_dice_then_hausdorff95_of_et_tc_wt():
+    labels, truth = torch.zeros(2, 16, 16, 16, dtype=torch.uint8)
+    labels[0, 0, :4] = torch.tensor([4, 1, 2, 2])    # ET one voxel, TC two, WT four
+    truth[0, 0, 3:5] = 4                             # ET, TC, WT: voxels 3 and 4
+    found = score(labels, labels_to_regions(truth), (1, 1, 2))
+    assert found == pytest.approx([0, 0, 2 * 1 / 6, 2 * 3.95, 2 * 2.95, 2 * 2.85])
+
+
+def test_other_ranks_and_unequal_shapes_are_refused(model):
+    image, volume, flat = torch.ones(1, 4, 16, 16, 16), torch.ones(16, 16, 16), np.ones((16, 16))
+    for function, *arguments in ((dice, volume, flat), (hausdorff95, volume, flat), (hausdorff95, flat, flat),
+                                 (hausdorff95, image[0], image[0]), (predict, model, volume),
+                                 (predict, model, image)):
+        with pytest.raises(ValueError, match="expected"):
+            function(*arguments)
+
+
+# ---- prediction -------------------------------------------------------------------------------------------
+
+
+def noise(*shape):
+    return torch.randn(4, *shape, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def network(model, image):
+    return torch.sigmoid(model(image[None]))[0]
+
+
+@pytest.mark.parametrize(("lo", "hi", "n", "side", "starts", "grown"), [
+    (60, 180, 240, 192, [24], 192),              # about the brain: (60 + 180 - 192) / 2
+    (30, 130, 240, 192, [0], 192),               # would start at -16: moved inside
+    (150, 240, 240, 192, [48], 192),             # and at the other end
+    (20, 220, 240, 192, [20], 200),              # a brain of 200: the window grows to the next multiple of 8
+    (20, 228, 240, 192, [20], 208),              # 16 more: the most it grows
+    (10, 219, 240, 192, [10, 27], 192),          # 17 more: two windows, the second flush with the brain's end
+    (0, 240, 240, 96, [0, 48, 96, 144], 96),     # half overlapping
+    (0, 100, 100, 144, [0], 144),                # a volume that is smaller is padded to the window
+    (0, 150, 150, 144, [0], 152),                # and to a grown one
+])
+def test_windows_along_an_axis(lo, hi, n, side, starts, grown):
+    assert axis_windows(lo, hi, n, side) == (starts, grown)
+
+
+@pytest.mark.parametrize(("brain", "crop", "window"), [
+    ((140, 178, 136), (192, 192, 144), (192, 192, 144)),    # the paper's crop stays
+    ((134, 177, 136), (96, 96, 96), (136, 184, 136)),       # up to the brain, in multiples of 8
+    ((200, 90, 150), (96, 96, 96), (192, 96, 144)),         # and up to the paper's
+])
+def test_the_window_is_the_crop_or_the_brain(brain, crop, window):
+    image = torch.zeros(4, 240, 240, 155)
+    image[2, 10:10 + brain[0], 20:20 + brain[1], 3:3 + brain[2]] = 1
+    assert choose_window(image, crop) == window
+
+
+def test_one_window_is_the_network_on_it_and_zero_outside(model):
+    image = torch.zeros(4, 48, 40, 40)
+    image[:, 10:30, 4:34, 6:36] = noise(20, 30, 30)
+    window = np.s_[:, 4:36, 3:35, 5:37]    # 32 voxels about 10 to 30, 4 to 34, 6 to 36
+    expected = torch.zeros(3, 48, 40, 40)
+    expected[window] = network(model, image[window])
+    torch.testing.assert_close(predict(model, image, (32, 32, 32)), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape, size", [((64, 40, 30), (32, 40, 32)), ((32, 50, 49), (32, 32, 32))])
+def test_several_windows_blend_as_monais(model, shape, size):
+    sliding_window_inference = pytest.importorskip("monai.inferers").sliding_window_inference
+    image = noise(*shape)    # no zeros: the brain is the whole volume
+    with torch.no_grad():    # MONAI's windows do not grow: it is given the size of ours
+        mapped = lambda x: torch.sigmoid(model(x))
+        expected = sliding_window_inference(image[None], size, 1, mapped, overlap=0.5, mode="gaussian")[0]
+    torch.testing.assert_close(predict(model, image, (32, 32, 32)), expected, rtol=0, atol=1e-5)
+
+
+def test_a_small_volume_gets_zeros_on_both_sides(model):
+    image, padded = noise(20, 32, 15), torch.zeros(4, 32, 32, 16)
+    padded[:, 6:26, :, :15] = image
+    expected = network(model, padded)[:, 6:26, :, :15]
+    torch.testing.assert_close(predict(model, image, (32, 32, 16)), expected, rtol=0, atol=1e-6)
+
+
+def test_flips_are_the_mean_over_eight_mirrorings(model):
+    image = noise(24, 16, 32)
+    mirrorings = [[], [1], [2], [3], [1, 2], [1, 3], [2, 3], [1, 2, 3]]
+    expected = sum(network(model, image.flip(axes)).flip(axes) for axes in mirrorings) / 8
+    torch.testing.assert_close(predict(model, image, (24, 16, 32), flips=True), expected, rtol=0, atol=1e-6)
+    assert (network(model, image) - expected).abs().max() > 1e-3
+
+
+# ---- tables and checkpoints -------------------------------------------------------------------------------
+
+
+def test_the_table_has_a_line_a_fold_and_the_mean_by_hand(capsys):
+    rows = [{"case": case, "fold": fold} | dict.fromkeys(infer.COLUMNS, value) | {"hd95_wt": "7"}
+            for case, fold, value in (("a", "0", "0.5"), ("b", "0", "1.5"), ("c", "1", "4"))]
+    infer.print_table(rows)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[1:] == ["Dice Hausdorff95, mm", "ET TC WT ET TC WT cases",
+                         "fold 0 " + "1.0000 ± 0.500 " * 5 + "7.0000 ± 0.000 2",
+                         "fold 1 " + "4.0000 ± 0.000 " * 5 + "7.0000 ± 0.000 1",
+                         "mean " + "2.0000 ± 1.472 " * 5 + "7.0000 ± 0.000 3",    # ((1.5² + 0.5² + 2²) / 3)^½
+                         "(mean ± sd over cases)"]
+
+
+def test_a_checkpoint_has_the_first_editions_names(checkpoint):
+    content = torch.load(checkpoint, weights_only=True)
+    names = [*content["model"]]
+    assert len(names) == 33 and sum(weight.numel() for weight in content["model"].values()) == 1_175_163
+    assert names[:3] == ["init_conv.weight", "encoder_block0.conv1.weight", "encoder_block0.conv2.weight"]
+    assert names[-3:] == ["decoder_block0.conv2.weight", "decoder_end.2.weight", "decoder_end.2.bias"]
+    assert {"encoder_down3.weight", "encoder_block3.3.conv2.weight", "decoder_up2.0.weight"} < {*names}
+    assert {"train_cases", "val_cases"} < {*content}
+    assert {"filters", "norm", "crop", "amp", "fold"} < {*content["settings"]}
+    loaded = load_checkpoint(checkpoint)["model"].state_dict()
+    assert all(torch.equal(loaded[name], content["model"][name]) for name in names)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused(checkpoint, tmp_path, number):
+    content = torch.load(checkpoint, weights_only=True)
+    content["model"]["decoder_end.2.bias"][1] = number
+    torch.save(content, tmp_path / "best.pt")
+    with pytest.raises(InputError, match=r"best\.pt.*not finite.*expected"):
+        load_checkpoint(tmp_path / "best.pt")
+
+
+# ---- the command ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def networks(checkpoint, tmp_path_factory):
+    """Two checkpoints, of fold 0 and of its complement, whose random weights paint all regions."""
+    paths, content = [], torch.load(checkpoint, weights_only=True)
+    for fold in "01":
+        torch.manual_seed(int(fold))
+        weights = SegResNet(filters=8).state_dict()
+        weights["decoder_end.2.bias"] = torch.tensor([-0.1, 0.0, 0.1])
+        content |= {"model": weights, "settings": content["settings"] | {"fold": fold}}
+        paths.append(tmp_path_factory.mktemp("networks") / f"fold{fold}.pt")
+        torch.save(content, paths[-1])
+        content |= {"train_cases": content["val_cases"], "val_cases": content["train_cases"]}
+    return paths
+
+
+LPS = nib.orientations.axcodes2ornt("LPS")
+
+
+def turned(image, orientation):
+    """A nibabel image stored in another orientation; its voxels stay where they are in the patient."""
+    return image.as_reoriented(nib.orientations.ornt_transform(nib.io_orientation(image.affine), orientation))
+
+
+@pytest.fixture(scope="module")
+def cohorts(run, cohort, tmp_path_factory):
+    """`cohort`, and its first case under other cohorts' names and labels, and in other orientations."""
+    folder, first = tmp_path_factory.mktemp("cohorts"), find_cases(cohort)[0]
+    for like in ("brats2023", "decathlon"):
+        run("examples/phantom.py", folder / like, "--like", like, "--cases", 1, "--shape", 32, 32, 32, ok=0)
+    (folder / "turned").mkdir()
+    for codes in ("RAS", "SPL", "AIR"):
+        for path in (*first.images, first.label):
+            name = path.name.replace(first.name, codes)
+            nib.save(turned(nib.load(path), nib.orientations.axcodes2ornt(codes)), folder / "turned" / name)
+    return [cohort, folder / "brats2023", folder / "decathlon", folder / "turned"]
+
+
+@pytest.fixture(scope="module")
+def predicted(run, cohorts, networks, tmp_path_factory):
+    """The folder of one call's predictions, maps and table, for all `cohorts` by the first network."""
+    out = tmp_path_factory.mktemp("predicted") / "out"
+    done = run("infer.py", *cohorts, "--checkpoints", networks[0], "--out", out, "--probabilities", ok=0)
+    assert "3 cases were trained on" in done.stdout and "11 of 11 cases done" in done.stdout
+    return out
 
 
 def read_rows(path):
     with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+        return {row["case"]: row for row in csv.DictReader(file)}
 
 
-def test_the_command_predicts_scores_and_resumes(run, cohort, checkpoint, tmp_path):
-    out = tmp_path / "predictions"
-    first = run("infer.py", cohort, "--checkpoints", checkpoint, "--out", out, "--probabilities", ok=0)
-    cases = find_cases(cohort)
-    assert sorted(path.name for path in out.iterdir()) == [f"{case.name}.nii.gz" for case in cases] + ["probabilities"]
-    assert "trained on" in first.stdout    # three of the six were
-    rows = read_rows(tmp_path / "predictions.csv")
-    model = load_checkpoint(checkpoint)["model"]
-    for case, row in zip(cases, rows):
+def read(path):
+    return np.asarray(nib.load(path).dataobj)
+
+
+def test_the_command_writes_what_predict_and_score_give(predicted, cohort, networks):
+    model, rows = load_checkpoint(networks[0])["model"], read_rows(predicted.with_name("out.csv"))
+    for case in find_cases(cohort):    # stored in LPS, as in memory
         image, target, _ = load_case(case)
-        probabilities = predict(model, normalize(image), (32, 32, 32))
-        written, maps, like = (nib.load(path) for path in (out / f"{case.name}.nii.gz", out / "probabilities" / f"{case.name}.nii.gz", case.images[0]))
-        assert written.get_data_dtype() == np.uint8 and written.shape == like.shape and np.array_equal(written.affine, like.affine)
-        assert written.header["xyzt_units"] == like.header["xyzt_units"]
-        labels = regions_to_labels(probabilities > 0.5)
-        assert np.array_equal(np.asarray(written.dataobj), labels.numpy())    # the phantom is stored in LPS already
-        assert maps.get_data_dtype() == np.float32 and maps.shape == (*like.shape, 3)
-        np.testing.assert_allclose(np.moveaxis(maps.get_fdata(), -1, 0), probabilities.numpy(), atol=1e-5)
-        assert row["case"] == case.name
-        for region, p, t in zip(("et", "tc", "wt"), labels_to_regions(labels), target):
-            assert float(row[f"dice_{region}"]) == pytest.approx(dice(p, t), abs=1e-5)
-            assert float(row[f"hd95_{region}"]) == pytest.approx(hausdorff95(p, t), rel=1e-5)
-    mean = sum(float(row["dice_wt"]) for row in rows) / len(rows)
-    assert f"{mean:.4f}" in next(line for line in first.stdout.splitlines() if line.startswith("mean"))
-
-    # A finished case is kept, an unfinished one predicted, and --overwrite predicts all again.
-    kept, lost = out / f"{cases[0].name}.nii.gz", out / f"{cases[1].name}.nii.gz"
-    original = kept.read_bytes()
-    shutil.copy(out / f"{cases[2].name}.nii.gz", kept)    # to be recognised by
-    lost.unlink()
-    second = run("infer.py", cohort, "--checkpoints", checkpoint, "--out", out, ok=0)
-    assert "5 cases were predicted before" in second.stdout and lost.exists() and kept.read_bytes() != original
-    run("infer.py", cohort / cases[0].name, "--checkpoints", checkpoint, "--out", out, "--overwrite", ok=0)
-    assert kept.read_bytes() == original
-    run("infer.py", cohort, "--checkpoints", checkpoint, "--out", out, ok=0)
-
-    # Scoring alone, and two processes sharing the cases, come to the same numbers.
-    run("infer.py", "--score", out, "--truth", cohort, ok=0)
-    assert read_rows(tmp_path / "predictions.csv") == rows
-    run("-m", "torch.distributed.run", "--nproc_per_node=2", "infer.py", cohort, "--checkpoints", checkpoint, "--out", tmp_path / "two", ok=0)
-    assert read_rows(tmp_path / "two.csv") == rows
+        maps = predict(model, normalize(image), (32, 32, 32))
+        labels, written = regions_to_labels(maps > 0.5), read(predicted / f"{case.name}.nii.gz")
+        assert np.array_equal(written, labels) and {*np.unique(written)} == {0, 1, 2, 4}
+        written = np.moveaxis(read(predicted / f"probabilities/{case.name}.nii.gz"), 3, 0)
+        assert written.dtype == np.float32 and np.abs(written - maps.numpy()).max() < 1e-6
+        scores = [float(rows[case.name][column]) for column in infer.COLUMNS]
+        assert scores == pytest.approx(score(labels, target, (1, 1, 1)), rel=1e-5)
 
 
-def other_fold(checkpoint, path):
-    """A second "fold" beside `checkpoint`: the complement of its cases, other weights. -> what was saved to `path`"""
-    content = torch.load(checkpoint, weights_only=True)
-    content["train_cases"], content["val_cases"] = content["val_cases"], content["train_cases"]
-    content["settings"]["fold"] = "1"
-    torch.manual_seed(5)
-    content["model"] = SegResNet(filters=8).state_dict()
-    torch.save(content, path)
-    return content
+@pytest.mark.parametrize("name, codes, labels", [
+    ("RAS", "RAS", (1, 2, 4)), ("SPL", "SPL", (1, 2, 4)), ("AIR", "AIR", (1, 2, 4)),
+    ("BraTS-GLI-00000-000", "LPS", (1, 2, 3)), ("BRATS_000", "LPS", (2, 1, 3)),
+])
+def test_predictions_are_in_the_cases_orientation_and_labels(predicted, cohorts, name, codes, labels):
+    first = read(predicted / "BraTS2021_00000.nii.gz")
+    case = next(case for root in cohorts for case in find_cases(root) if case.name == name)
+    like, written = nib.load(case.images[0]), nib.load(predicted / f"{name}.nii.gz")
+    assert written.get_data_dtype() == np.uint8 and written.header["xyzt_units"] == like.header["xyzt_units"]
+    assert np.array_equal(written.affine, like.affine) and nib.aff2axcodes(written.affine) == tuple(codes)
+    expected = np.select([first == 1, first == 2, first == 4], labels, 0)
+    assert np.array_equal(turned(written, LPS).dataobj, expected)
+    rows = read_rows(predicted.with_name("out.csv"))
+    assert rows[name] | {"case": ""} == rows["BraTS2021_00000"] | {"case": ""}
 
 
-def test_held_out_uses_only_checkpoints_that_never_saw_the_case(run, cohort, checkpoint, tmp_path):
-    content = other_fold(checkpoint, tmp_path / "other.pt")
-    done = run("infer.py", cohort, "--checkpoints", checkpoint, tmp_path / "other.pt", "--held-out", "--out", tmp_path / "held-out", ok=0)
-    assert "trained on" not in done.stdout and "fold 0" in done.stdout and "fold 1" in done.stdout
-    other = SegResNet(filters=8).eval()
-    other.load_state_dict(content["model"])
-    for case, row in zip(find_cases(cohort), read_rows(tmp_path / "held-out.csv")):
-        fold = "1" if case.name in content["val_cases"] else "0"
-        assert row["fold"] == fold
-        network = other if fold == "1" else load_checkpoint(checkpoint)["model"]
-        expected = regions_to_labels(predict(network, normalize(load_case(case)[0]), (32, 32, 32)) > 0.5)
-        assert np.array_equal(np.asarray(nib.load(tmp_path / "held-out" / f"{case.name}.nii.gz").dataobj), expected.numpy())
+def test_two_ranks_share_the_cases_and_give_the_same_table(run, predicted, cohorts, networks, tmp_path):
+    run("-m", "torch.distributed.run", "--nproc_per_node=2", "infer.py", *cohorts,
+        "--checkpoints", networks[0], "--out", tmp_path / "out", ok=0)
+    assert (tmp_path / "out.csv").read_bytes() == predicted.with_name("out.csv").read_bytes()
+    for path in predicted.glob("*.nii.gz"):
+        assert np.array_equal(read(tmp_path / "out" / path.name), read(path))
 
 
-def test_predictions_of_another_call_are_never_taken_for_this_ones(run, cohort, checkpoint, tmp_path):
-    """Else --held-out would score networks on the cases that they were trained on."""
-    other_fold(checkpoint, tmp_path / "other.pt")
-    both, out = [checkpoint, tmp_path / "other.pt"], ["--out", tmp_path / "out"]
-    run("infer.py", cohort, "--checkpoints", *both, *out, ok=0)
-    left = {path: path.read_bytes() for path in [*(tmp_path / "out").iterdir(), tmp_path / "out.csv"]}
-    for call in ([*both, "--held-out"], [*both, "--ensemble", "mean"], [*both, "--flips"], [checkpoint]):
-        done = run("infer.py", cohort, "--checkpoints", *call, *out, ok=2)
-        (line,) = done.stderr.splitlines()
-        assert not done.stdout and f"{tmp_path / 'out'}" in line and "expected another --out, or --overwrite" in line
-        assert {path: path.read_bytes() for path in left} == left
-    assert "6 cases were predicted before" in run("infer.py", cohort, "--checkpoints", *both[::-1], *out, ok=0).stdout    # the same networks
-    # Another network under the same name is another network; nor is a file without a note taken for a prediction.
-    other_fold(checkpoint, tmp_path / "again.pt")
-    content = torch.load(tmp_path / "again.pt", weights_only=True)
-    content["model"]["decoder_end.2.bias"] += 1
-    torch.save(content, tmp_path / "other.pt")
-    run("infer.py", cohort, "--checkpoints", *both, *out, ok=2)
-    run("infer.py", cohort, "--checkpoints", *both, *out, "--overwrite", ok=0)
-    case = find_cases(cohort)[0]
-    shutil.copy(case.label, tmp_path / "out" / f"{case.name}.nii.gz")
-    run("infer.py", cohort, "--checkpoints", *both, *out, ok=2)
+@pytest.fixture
+def call(monkeypatch):
+    """infer.py's main in this process."""
+    def main(*arguments):
+        monkeypatch.setattr(sys, "argv", ["infer.py", *map(str, arguments)])
+        return infer.main()
+    return main
 
 
-@pytest.mark.parametrize("codes", ["RAS", "SPL", "AIR"])
-def test_a_volume_stored_otherwise_gives_the_same_prediction_in_its_own_orientation(run, cohort, checkpoint, tmp_path, codes):
-    case = find_cases(cohort)[0]
-    folder = tmp_path / "stored" / case.name
-    folder.mkdir(parents=True)
-    target = nib.orientations.axcodes2ornt(codes)
-    for path in case.images:
-        image = nib.load(path)
-        turn = nib.orientations.ornt_transform(nib.io_orientation(image.affine), target)
-        nib.save(image.as_reoriented(turn), folder / path.name)
-    for source, out in ((cohort / case.name, "as-is"), (folder, "turned")):
-        run("infer.py", source, "--checkpoints", checkpoint, "--out", tmp_path / out, "--probabilities", ok=0)
-    for name in (f"{case.name}.nii.gz", f"probabilities/{case.name}.nii.gz"):
-        as_is, turned = nib.load(tmp_path / "as-is" / name), nib.load(tmp_path / "turned" / name)
-        assert "".join(nib.aff2axcodes(turned.affine)) == codes
-        np.testing.assert_allclose(turned.affine, nib.load(folder / case.images[0].name).affine)
-        back = turned.as_reoriented(nib.orientations.ornt_transform(target, nib.io_orientation(as_is.affine)))
-        np.testing.assert_allclose(back.affine, as_is.affine)
-        assert np.array_equal(np.asarray(back.dataobj), np.asarray(as_is.dataobj))
+def test_held_out_and_flips_reach_the_networks(call, cohort, networks, tmp_path, capsys):
+    contents = [load_checkpoint(path) for path in networks]
+    held_out = [next(case for case in find_cases(cohort) if case.name in content["val_cases"])
+                for content in contents]
+    folders = [case.images[0].parent for case in held_out]
+    assert call(*folders, "--checkpoints", *networks, "--held-out", "--flips", "--out", tmp_path / "out") == 0
+    printed, rows = capsys.readouterr().out, read_rows(tmp_path / "out.csv")
+    assert "trained on" not in printed and "fold 0" in printed and "fold 1" in printed
+    for fold, (case, content) in enumerate(zip(held_out, contents)):
+        maps = predict(content["model"], normalize(load_case(case)[0]), (32, 32, 32), flips=True)
+        assert np.array_equal(read(tmp_path / "out" / f"{case.name}.nii.gz"), regions_to_labels(maps > 0.5))
+        assert rows[case.name]["fold"] == str(fold)
 
 
-def test_the_real_case(run, real_case, checkpoint, tmp_path):
-    out = tmp_path / "out"
-    run("infer.py", real_case, "--checkpoints", checkpoint, "--out", out, ok=0)
-    for case in find_cases(real_case):
-        written, like = nib.load(out / f"{case.name}.nii.gz"), nib.load(case.images[0])
-        assert written.shape == like.shape and np.array_equal(written.affine, like.affine) and written.get_data_dtype() == np.uint8
-        assert set(np.unique(np.asarray(written.dataobj))) <= {0, 1, 2, 4}
+@pytest.mark.parametrize("there", ["another.nii.gz", "probabilities/another.nii.gz"])
+@pytest.mark.parametrize("rank", [None, "0", "1"])
+def test_an_out_with_predictions_is_refused(call, cohort, networks, tmp_path, monkeypatch, there, rank):
+    """Each rank refuses before they meet: alone, a rank that went on would wait for the other."""
+    for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", "2")) if rank else ():
+        monkeypatch.setenv(name, value)
+    (tmp_path / there).parent.mkdir(exist_ok=True)
+    (tmp_path / there).write_text("of another call\n")
+    with pytest.raises(InputError, match=f"--out {tmp_path}.*{there}.*expected an empty"):
+        call(cohort, "--checkpoints", *networks, "--out", tmp_path, "--probabilities")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / there]
+
+
+def test_a_real_prediction_lies_on_its_segmentations_voxels(call, real_case, networks, tmp_path):
+    case = find_cases(real_case)[0]
+    assert call(case.images[0].parent, "--checkpoints", networks[0], "--out", tmp_path / "out") == 0
+    written, truth = nib.load(tmp_path / "out" / f"{case.name}.nii.gz"), nib.load(case.label)
+    assert written.shape == truth.shape and np.array_equal(written.affine, truth.affine)
+    assert {*np.unique(written.dataobj)} == {0, 1, 2, 4}
