@@ -47,8 +47,9 @@ def cohort(tmp_path_factory):
 def checkpoint(cohort, tmp_path_factory):
     """best.pt of one epoch of fold 0 of 2 on `cohort`, log.csv and last.pt beside it. Tests only read it."""
     out = tmp_path_factory.mktemp("runs") / "fold0"
-    _run("train.py", "--data", cohort, "--fold", 0, "--folds", 2, "--out", out, "--epochs", 1, "--filters", 8,
-         "--norm", "instance", "--crop", 32, 32, 32, "--pool", 8, "--dim", 4, "--workers", 0, "--amp", "off", ok=0)
+    _run("train.py", "--data", cohort, "--fold", 0, "--folds", 2, "--out", out, "--epochs", 1, "--workers", 0,
+         "--filters", 8, "--norm", "instance", "--crop", 32, 32, 32, "--pool", 8, "--dim", 4,
+         "--amp", "off", ok=0)
     return out / "best.pt"
 
 
