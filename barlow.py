@@ -28,9 +28,8 @@ def soft_dice_loss(probabilities, target, eps=1e-5):
 
     probabilities: (B, C, D, H, W), any float dtype, in [0, 1], after the sigmoid.
     target: the same shape, 0 or 1, bool or any number.
-    A class with an empty target has the loss 1 and the gradient 0 exactly: its product is 0 for any
-    prediction.
-    Raises ValueError for other shapes.
+    A class with an empty target has loss 1 and gradient 0 exactly: its product is 0 for any prediction.
+    Raises ValueError for other shapes. Paper: silent on the mean and eps. Here: 1e-5, as MONAI's DiceLoss.
     """
     if probabilities.shape != target.shape or target.ndim != 5:
         raise ValueError(f"probabilities are {tuple(probabilities.shape)}, the target {tuple(target.shape)}, "

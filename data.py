@@ -47,7 +47,7 @@ def normalize(image):
     (C, D, H, W) float32 on the CPU -> the same. The sd is the population's; a constant channel becomes 0.
     Paper: silent on the order. Here: the whole volume, before any crop.
     Why: training and prediction see the same numbers.
-    Raises ValueError for another rank, as all functions down to `regions_to_labels` do.
+    Raises ValueError for another rank.
     """
     _check_rank(4, "(C, D, H, W)", image)
     image = image.clone()
@@ -108,7 +108,7 @@ def random_affine(images, targets, generator):
     """Rotation by up to 0.1 rad about each axis, scaling by 0.9 to 1.1, about the centre, drawn once a view.
 
     Paper: no ranges. Here: both views move, so 90 voxels from the centre they differ by about 13 (rms).
-    Why: less than a cell of the 16-voxel pooling, so that pooled cells still pair up (section 3.1).
+    Why: within 110 voxels that is less than a cell of the 16-voxel pooling (section 3.1): cells still pair up.
     Images are sampled linearly, targets by nearest neighbour, both with zeros from outside.
     """
     u = 2 * torch.rand(len(images), 4, generator=generator, device=generator.device) - 1    # in [-1, 1)
@@ -190,7 +190,7 @@ def regions_to_labels(regions, et_label=4):
 
 # ---- cohorts: what files are called, and what labels mean -------------------------------------------------
 
-IN_MEMORY = ((1,), (2,), (4,))    # labels of necrosis, oedema, enhancing tumour
+IN_MEMORY = ((1,), (2,), (4,))    # our labels of necrosis, oedema, enhancing tumour, whatever a file's are
 
 
 class Naming(NamedTuple):
@@ -198,7 +198,7 @@ class Naming(NamedTuple):
     cohort: str
     images: tuple             # templates of t1, t1ce, t2, flair; t1ce's tells one naming from another
     segmentation: str         # its template
-    labels: tuple             # the file's for IN_MEMORY; of several the first is written; () if not known
+    labels: tuple             # the file's, as IN_MEMORY; of several the first is written; () if not known
     background: tuple = ()    # the file's other labels
     case: str = "[^/]+"       # pattern of {}
     channels: tuple = (None, None, None, None)    # of t1, t1ce, t2, flair in a 4-D file
@@ -236,7 +236,7 @@ def list_volumes(root):
     paths, seen = [], set()
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=refuse):
         if os.path.realpath(folder) in seen or re.search(r"\.nii(\.gz)?$", folder):
-            subfolders.clear()
+            subfolders.clear()    # some archives unpack x.nii into a folder x.nii, which is refused when read
         else:
             found = filter(re.compile(r"[^.].*\.nii(\.gz)?").fullmatch, files + subfolders)
             paths += [Path(folder, name) for name in found]
@@ -291,7 +291,8 @@ def find_cases(root, names=None, labels=None):
         famous = list(folder.glob("[!.]*_Segm.nii*"))    # BraTS20_Training_355's
         if "seg" not in files and naming.cohort == NAMINGS[0].cohort and len(famous) == 1:
             files["seg"] = famous[0]
-        wanted = [folder / f"{Path(template.replace('{}', name)).name}.nii.gz" for template in naming.images]
+        ends = [template.replace("\\", "").replace("{}", name).split("/")[-1] for template in naming.images]
+        wanted = [folder / f"{end}.nii.gz" for end in ends]
         images = tuple(files.get(kind, path) for kind, path in zip(MODALITIES, wanted))
         patient = re.sub(r"(?<=-\d{5})-\d{3}$|_FU.*$|(?<=UPENN-GBM-\d{5})_\d\d$", "", name)
         if set(files) != {"seg"}:
@@ -349,7 +350,7 @@ def read_volume(path, channel=None):
 
 
 def read_labels(path, labels=IN_MEMORY, background=()):
-    """A segmentation in which `labels` stand for IN_MEMORY -> those, (D, H, W) uint8, and affine, both LPS.
+    """A file whose `labels` mean necrosis, oedema, enhancing -> 1, 2, 4 (D, H, W) uint8, and the affine; LPS.
 
     A number within 0.01 of an integer counts as that. Raises InputError for any other label.
     """
@@ -438,7 +439,7 @@ def whole_file(path, prefix=".part"):
     part = Path(path).with_name(f"{prefix}-{Path(path).name}")
     try:
         yield part
-        with open(part, "rb") as file:
+        with open(part, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
@@ -467,15 +468,19 @@ def brain_box(brain):
     return [(int(i[0]), int(i[-1]) + 1) if len(i) else (0, n) for i, n in zip(inside, brain.shape)]
 
 
+CACHE_FORMAT = 2    # to be raised when what `prepare` makes of a case's files changes
+
+
 def cache_entry(case, cache):
     """Where `prepare` keeps a case. Changed sources, other labels and another format are another file."""
     files = [path.resolve(strict=True) for path in (*case.images, case.label)]
-    facts = 2, case.naming, [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    facts = CACHE_FORMAT, case.naming, stats
     return cache / f"{case.name}-{sha256(repr(facts).encode()).hexdigest()[:16]}.pt"
 
 
 def prepare(case, cache=None):
-    """A case up to its crop, mapped from the folder `cache` if it is there; else read, and left there.
+    """A case up to its crop: mapped from the folder `cache`, or else read, prepared and left there.
 
     "image" (4, d, h, w) float16, normalised, and "labels" (1, d, h, w) uint8: the box of brain and labels,
     which starts at "corner" in a volume of "shape"; "doubtful" bool. Raises InputError and OSError.
@@ -536,9 +541,11 @@ def run_command(main):
         code = 141
     except (InputError, OSError, RuntimeError) as error:
         # RuntimeErrors of readers that died or are stuck, or of a rank that has left and said why
-        if type(error) is RuntimeError and not re.search("DataLoader|[Cc]onnection", str(error)):
+        if isinstance(error, RuntimeError) and not re.search("^DataLoader|[Cc]onnection", str(error)):
             raise
-        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        text = str(error)
+        if isinstance(error, OSError):
+            text = f"{error.filename or 'output'}: {error.strerror or error}"
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(text.split())}", file=sys.stderr, flush=True)
     try:
         sys.stdout.flush()

@@ -29,8 +29,8 @@ def confidence(maps):
 
     maps: (N, C, D, H, W) float, in [0, 1]. Returns (N, C) float32, in (0.5, 1]: the mean over the voxels
     above 0.5; NaN where a map has none. It compares maps of about one region: "not true when different models
-    produce substantially different region sizes". Like the ensembles, it raises ValueError for NaN or another
-    rank.
+    produce substantially different region sizes". All functions here raise ValueError for NaN and other
+    ranks.
     """
     _check(maps)
     scores = []
@@ -88,7 +88,8 @@ def list_cases(folders):
     """Folders -> the sorted names of their *.nii.gz files, which must be the same in every folder."""
     names = [{path.name for path in folder.glob("[!.]*.nii.gz")} for folder in folders]
     for folder, found in zip(folders, names):
-        if missing := sorted(set().union(*names) - found) or [] if found else ["*.nii.gz"]:
+        missing = sorted(set().union(*names) - found) if found else ["*.nii.gz"]
+        if missing:
             raise InputError(f"{folder / missing[0]}: no such file, expected every case in every FOLDER")
     return sorted(names[0])
 
@@ -105,7 +106,7 @@ def load_maps(paths):
             if not np.allclose(image.affine, first.affine, atol=1e-2):
                 raise ValueError(f"an affine unlike that of {paths[0]}, expected maps on the same voxels")
             volume = torch.from_numpy(np.asarray(image.dataobj, np.float32)).movedim(3, 0)    # (3, X, Y, Z)
-            if not (volume.min() > -1e-3 and volume.max() < 1.001):    # true for NaN; resampling overshoots
+            if not (volume.min() > -1e-3 and volume.max() < 1.001):    # so NaN too; resampling overshoots
                 raise ValueError(f"values {volume.min():g} to {volume.max():g}, expected [0, 1]")
             et, tc, wt = volume > 0.5
             for inner, outer in ((et, tc), (tc, wt)):    # a young network may have a few stray voxels outside

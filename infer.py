@@ -46,24 +46,23 @@ HD95_ONE_EMPTY = 373.13    # mm, BraTS's penalty, about the diagonal of its volu
 def predict(model, image, roi=(192, 192, 144), flips=False):
     """A whole case: (4, D, H, W) normalised, zero outside the brain -> probabilities (3, D, H, W) float32.
 
-    The result is on the image's device; the model runs on its own, under whatever autocast is on outside.
-    Paper: silent. Here: a window of `roi` over the brain's box. An axis that exceeds it by up to 16 voxels
-    grows to the next multiple of 8; beyond that, half-overlapping windows are blended with a Gaussian.
-    Outside all is zero; a volume smaller than the window is padded with zeros as in training.
-    Why: instance norm's statistics depend on the window: so it is training's, and a brain fits the paper's.
+    Image and result are on the CPU; the model is on its device, under whatever autocast is on outside.
+    Paper: silent. Here: a window of `roi` over the brain's box. Where the brain is longer than the window by
+    up to 16 voxels, the window grows to the next multiple of 8; where by more, half-overlapping windows are
+    blended with a Gaussian. Outside the windows is zero. A smaller volume is padded as in training.
+    Why: instance norm's statistics depend on the window, so it is the training's; a brain fits the paper's.
     flips: the mean over all 8 mirrorings. Raises ValueError for another rank.
     """
     if image.ndim != 4:
         raise ValueError(f"image is {tuple(image.shape)}, expected (4, D, H, W)")
     device, shape = next(model.parameters()).device, image.shape[1:]
-    box = brain_box(image.any(0))
-    windows = [axis_windows(lo, hi, n, side) for (lo, hi), n, side in zip(box, shape, roi)]
+    brain = brain_box(image.any(0))
+    windows = [axis_windows(lo, hi, n, side) for (lo, hi), n, side in zip(brain, shape, roi)]
     size = tuple(side for _, side in windows)
     missing = [max(side - n, 0) for side, n in zip(size, shape)]
     padded = F.pad(image, [p for m in reversed(missing) for p in (m // 2, m - m // 2)])    # last axis first
-    weights = gaussian_window(size).to(image.device)
-    probabilities = torch.zeros(3, *padded.shape[1:], device=image.device)
-    total = torch.zeros(padded.shape[1:], device=image.device)
+    weights, total = gaussian_window(size), torch.zeros(padded.shape[1:])
+    probabilities = torch.zeros(3, *padded.shape[1:])
     mirrorings = [axes for k in range(4) for axes in itertools.combinations((2, 3, 4), k)] if flips else [()]
     for corner in itertools.product(*(starts for starts, _ in windows)):
         box = tuple(slice(start, start + side) for start, side in zip(corner, size))
@@ -71,7 +70,7 @@ def predict(model, image, roi=(192, 192, 144), flips=False):
         p = torch.zeros(3, *size, device=device)
         for axes in mirrorings:
             p += torch.sigmoid(model(x.flip(axes)).float()).flip(axes)[0] / len(mirrorings)
-        probabilities[(slice(None), *box)] += p.to(image.device) * weights
+        probabilities[(slice(None), *box)] += p.cpu() * weights
         total[box] += weights
     probabilities /= total.clamp_min(torch.finfo().tiny)    # outside the windows 0 / tiny = 0
     return probabilities[(slice(None), *(slice(m // 2, m // 2 + n) for m, n in zip(missing, shape)))]
@@ -133,7 +132,7 @@ def surface(mask):
 
 
 def hausdorff95(prediction, truth, spacing=(1.0, 1.0, 1.0)):
-    """The 95 % Hausdorff distance in mm of two bool masks (D, H, W), arrays or tensors; `spacing` in mm.
+    """The 95 % Hausdorff distance in mm of two bool masks (D, H, W), arrays or CPU tensors; `spacing` in mm.
 
     The larger of the two directed 95th percentiles (linear) of the distances from one mask's surface voxels
     to the other's. Both empty 0, one empty 373.13. Raises ValueError for other or unequal shapes.
@@ -146,8 +145,7 @@ def hausdorff95(prediction, truth, spacing=(1.0, 1.0, 1.0)):
     box = tuple(slice(lo, hi) for lo, hi in brain_box(prediction | truth))    # both surfaces lie in it
     p, t = (surface(mask[box]) * spacing for mask in (prediction, truth))    # (surface voxels, 3), mm
     directed = []
-    # A k-d tree's time goes with the surfaces, a distance transform's with the box, which a far voxel
-    # stretches.
+    # A k-d tree's time goes with the surfaces, a distance transform's with the box, however far it reaches.
     for here, there in ((p, t), (t, p)):
         tree = KDTree(there, leafsize=32, compact_nodes=False, balanced_tree=False)    # quick to build
         directed.append(np.percentile(tree.query(here)[0], 95))
@@ -212,7 +210,7 @@ def move_to(device, network):
 
 
 def load_checkpoint(path):
-    """What train.py saved, with its network: {"model": SegResNet, "settings", "val_cases", ...}.
+    """Of what train.py saved: {"model": SegResNet, "settings", "train_cases", "val_cases"}.
 
     Raises InputError for anything else, and for weights that are not finite.
     """
@@ -224,7 +222,8 @@ def load_checkpoint(path):
         model.load_state_dict(weights, assign=True)
         if not all(tensor.isfinite().all() for tensor in weights.values()):
             raise ValueError("its weights are not finite")
-        return checkpoint | {"model": model.float().eval()}
+        kept = {name: checkpoint[name] for name in ("settings", "train_cases", "val_cases")}
+        return {"model": model.float().eval(), **kept}
     except Exception as error:    # whatever torch.load's unpickler and zip reader meet
         what = getattr(error, "strerror", None) or f"{type(error).__name__}: {str(error)[:150]}"
         raise InputError(f"--checkpoints {path}: cannot be loaded ({what}), expected best.pt or last.pt of "
@@ -238,8 +237,8 @@ def start_ranks(backend=None, timeout=None):
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
-            raise InputError(f"--nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}: this machine has "
-                             f"{torch.cuda.device_count()} GPUs, expected at most one process for each")
+            raise InputError(f"--nproc_per_node: process {local + 1} of a machine with "
+                             f"{torch.cuda.device_count()} GPUs, expected at most one for each")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if world > 1:
@@ -283,13 +282,27 @@ class Volumes(Dataset):
             return error
 
 
+def read_ahead(cases, predictions=None):
+    """An iterable over `Volumes`, of which one process reads the next while this one is in use."""
+    workers = 1 if free_shared_memory() > 3 * 2**28 else 0    # room for three images on their way
+    volumes = Volumes(cases, predictions)
+    return DataLoader(volumes, batch_size=None, num_workers=workers, timeout=600 * workers)
+
+
+def read_truth(case, volume, affine):
+    """A case's regions (3, D, H, W) bool, on the voxels of `volume` (D, H, W). Raises InputError."""
+    labels, its_affine = read_labels(case.label, case.naming.labels, case.naming.background)
+    check_same_grid(case.label, labels, its_affine, case.images[0], volume, affine)
+    return labels_to_regions(labels)
+
+
 def predict_case(case, image, checkpoints, args):
     """Predicts, ensembles, paints and writes a case; image (4, D, H, W) normalised -> labels (D, H, W)."""
     maps = []
     for checkpoint in checkpoints:
         model, settings = checkpoint["model"], checkpoint["settings"]
         device = next(model.parameters()).device
-        precision = choose_precision(settings["amp"], device)    # as it was trained
+        precision = choose_precision(settings["amp"], device)    # as its training would choose here
         with torch.autocast(device.type, dtype=precision, enabled=precision is not None):
             maps.append(predict(model, image, choose_window(image, settings["crop"]), args.flips))
     probabilities = METHODS[args.ensemble](torch.stack(maps))    # (N, 3, D, H, W) -> (3, D, H, W)
@@ -307,9 +320,7 @@ def run(cases, chosen, args, rank):
     chosen: {case's name: the checkpoints that predict it}.
     """
     rows, failures, doubtful, start = [], [], [], time.monotonic()
-    room = free_shared_memory() > 3 * 2**28    # for three images on their way
-    loader = DataLoader(Volumes(cases, args.score), batch_size=None, num_workers=room, timeout=600 * room)
-    for done, (case, read) in enumerate(zip(cases, loader), 1):
+    for done, (case, read) in enumerate(zip(cases, read_ahead(cases, args.score)), 1):
         try:
             if isinstance(read, InputError):
                 raise read
@@ -317,11 +328,10 @@ def run(cases, chosen, args, rank):
             doubtful += [case.name] * doubt
             labels = volume if args.score else predict_case(case, volume, chosen[case.name], args)
             if case.label:
-                truth, its_affine = read_labels(case.label, case.naming.labels, case.naming.background)
-                check_same_grid(case.label, truth, its_affine, f"{case.name}'s prediction", labels, affine)
-                scores = score(labels, labels_to_regions(truth), nib.affines.voxel_sizes(its_affine))
-                fold = {c["settings"]["fold"] for c in chosen[case.name]} if args.held_out else ""
-                rows.append({"case": case.name, "fold": "/".join(sorted(fold)),
+                truth = read_truth(case, labels, affine)
+                scores = score(labels, truth, nib.affines.voxel_sizes(np.asarray(affine)))
+                folds = [c["settings"]["fold"] for c in chosen[case.name]] if args.held_out else []
+                rows.append({"case": case.name, "fold": "/".join(sorted(set(folds))),
                              **{column: f"{value:.6g}" for column, value in zip(COLUMNS, scores)}})
         except InputError as error:
             failures.append(str(error))
@@ -381,9 +391,11 @@ def main():
                                  "expected each case once")
     chosen = {} if args.score else choose_checkpoints(args, cases.values())
     cases = [case for name, case in sorted(cases.items()) if name in chosen or args.score and case.label]
+    if not cases:
+        raise InputError(f"--truth {args.truth}: no case has a segmentation, expected some")
     if not args.score:
         for place in (args.out, args.out / "probabilities"):    # before ranks meet: none has written yet
-            if there := next(place.glob("*.nii.gz"), None):
+            if there := next(place.glob("[!.]*.nii.gz"), None):
                 raise InputError(f"--out {args.out}: {there} is there, expected an empty or a new folder")
         (args.out / "probabilities" if args.probabilities else args.out).mkdir(parents=True, exist_ok=True)
     rank, world, device = start_ranks("gloo", timedelta(days=7))    # they meet once more, at the end
@@ -391,13 +403,14 @@ def main():
         move_to(device, checkpoint["model"])
     seen = sum(any(name in c["train_cases"] for c in those) for name, those in chosen.items())
     if rank == 0:
-        print(describe(cases) if cases else "no case", flush=True)
+        print(describe(cases), flush=True)
         if seen:
             print(f"warning: {seen} cases were trained on by a network that predicts them; see --held-out",
                   flush=True)
-    found = [run(cases[rank::world], chosen, args, rank)] * world
+    ours = run(cases[rank::world], chosen, args, rank)
+    found = [ours] * world
     if world > 1:
-        dist.all_gather_object(found, found[0])
+        dist.all_gather_object(found, ours)
         dist.destroy_process_group()
     rows, failures, doubtful = (sum(lists, []) for lists in zip(*found))
     if rank == 0:

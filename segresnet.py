@@ -126,7 +126,7 @@ class SegResNet(nn.Module):
             raise ValueError(f"input is {tuple(x.shape)}, expected (B, C, D, H, W) with sides that are "
                              "multiples of 8: Table 1 halves them three times")
         if self.norm != "group" and x.shape[2:] == (8, 8, 8):
-            raise ValueError("input is 8x8x8, expected a side of at least 16: one voxel is left at the lowest "
+            raise ValueError("input is 8x8x8, expected a side of at least 16: one voxel is left at the last "
                              "level, and instance norm of one is undefined")
         x0 = self.encoder_block0(self.init_conv(x))             # (B,  f, D,   H,   W)
         x1 = self.encoder_block1(self.encoder_down1(x0))        # (B, 2f, D/2, H/2, W/2)

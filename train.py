@@ -1,12 +1,11 @@
-"""Training: the paper's step, section 3.3's optimisation, section 4's epochs. The defaults are the paper's.
+"""Training: the paper's step, section 3.3's optimisation, section 4's epochs. Its values are the defaults.
 
-    torchrun --nproc_per_node=4 train.py --fold 0    # the paper's run, for each fold 0 to 4; four cases a
-    step python train.py --fold 0                         # on one GPU or the CPU; one case a step python
-    train.py --data DIR --fold all            # on every case, none held out
+    torchrun --nproc_per_node=4 train.py --fold 0    # the paper's run, for each fold; four cases a step
+    python train.py --fold 0                         # on one GPU or the CPU; one case a step
+    python train.py --data DIR --fold all            # on every case, none held out
 
 Writes OUT/last.pt and OUT/log.csv every epoch, OUT/best.pt when the mean Dice of the held-out cases is the
-best so far. The same command with an OUT that holds last.pt goes on from there, to the weights of a run left
-alone.
+best so far. The same command goes on from last.pt, and ends like a run left alone, on a CPU bit for bit.
 """
 
 import argparse
@@ -28,10 +27,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from barlow import Projector, barlow_twins_terms, soft_dice_loss
 from data import (InputError, add_cohort_flags, augment, cache_entry, describe, find_cases, folder,
-                  labels_to_regions, load_case, match, normalize, prepare, random_crop, random_flip,
-                  regions_to_labels, run_command, save_tensors, show_progress, split_folds)
+                  labels_to_regions, match, prepare, random_crop, random_flip, regions_to_labels, run_command,
+                  save_tensors, show_progress, split_folds)
 from infer import (AMP, choose_precision, choose_window, dice, free_shared_memory, move_to, predict,
-                   start_ranks, write_csv)
+                   read_ahead, read_truth, start_ranks, write_csv)
 from segresnet import NORMS, SegResNet
 
 # ---- the paper's step -------------------------------------------------------------------------------------
@@ -67,8 +66,9 @@ def compute_losses(model, image, labels, seed, barlow_weight, lambd, autocast):
         logits, z_a, z_b = model(x)
     dice_loss = soft_dice_loss(torch.sigmoid(logits.float()), p_true)    # Eq. 4
     invariance, redundancy = barlow_twins_terms(z_a, z_b)                # Eq. 1, 2; each GPU on its own image
-    barlow = invariance + lambd * redundancy                             # Eq. 3
-    # Paper: "in additional to the main soft Dice loss". Here: times 1/dim. Why: Eq. 3 sums over dim entries.
+    barlow = invariance + lambd * redundancy                             # Eq. 3, as barlow_twins_loss
+    # Paper: "in additional to the main soft Dice loss". Here: weighted, by 1/dim unless a flag says else.
+    # Why: Eq. 3 sums over dim entries, which would drown the Dice loss.
     loss = dice_loss + barlow_weight * barlow
     return torch.stack([loss, dice_loss, barlow, invariance, redundancy])
 
@@ -121,19 +121,20 @@ def epoch_order(cases, seed, epoch, world):
 def listed_folds(path, cases):
     """Folds of a MONAI data list, {"training": [{"fold": 0, "label": "<case>/<case>_seg.nii.gz"}, ...]}.
 
-    -> validation lists of cases, as `split_folds`, and a line on what list and `cases` do not share.
+    -> {fold: its cases to validate}, and a line on what list and `cases` do not share.
     """
     try:
         entries = json.loads(path.read_text())["training"]
-        labels = {Path(entry["label"]): int(entry["fold"]) for entry in entries}
+        fold_of = {Path(entry["label"]): int(entry["fold"]) for entry in entries}
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"--fold-list {path}: {error!r}, expected a data list with folds") from None
-    naming = cases[0].naming
-    of = {match(naming, naming.segmentation, label): fold for label, fold in labels.items()}
-    folds = [[case for case in cases if of.get(case.name) == fold] for fold in sorted(set(of.values()))]
-    here = sum(map(len, folds))
-    return folds, (f"{path}: {len(labels) - here} of its cases are not in --data, "
-                   f"{len(cases) - here} of --data not in it")
+    by_name, folds = {case.name: case for case in cases}, {fold: [] for fold in fold_of.values()}
+    for label, fold in fold_of.items():
+        case = by_name.pop(match(cases[0].naming, cases[0].naming.segmentation, label), None)
+        folds[fold] += [case] if case else []
+    here = sum(map(len, folds.values()))
+    return folds, (f"{path}: {len(fold_of) - here} of its cases are not in --data, {len(by_name)} of --data "
+                   "are not in it")
 
 
 def divide(args):
@@ -144,17 +145,17 @@ def divide(args):
         lines.append(f"{len(cases) - len(labelled)} cases have no segmentation and are left out")
     if missing := [path for case in labelled for path in case.images if not path.exists()]:
         raise InputError(f"{missing[0]}: no such file, expected four modalities of every case to train on")
-    folds, val_cases = [labelled], []
-    if args.fold != "all":
+    folds = {"all": []}
+    if labelled and args.fold != "all":
+        folds = dict(enumerate(split_folds(labelled, args.folds, args.seed)))
         if args.fold_list:
             folds, line = listed_folds(args.fold_list, labelled)
             lines.append(line)
-        else:
-            folds = split_folds(labelled, args.folds, args.seed)
-        if args.fold not in map(str, range(len(folds))):
-            raise InputError(f"--fold {args.fold}: expected 0 to {len(folds) - 1}, or all")
-        val_cases = folds[int(args.fold)]
-    train_cases = [case for case in sorted(sum(folds, [])) if case not in val_cases]
+            labelled = sorted(sum(folds.values(), []))
+    val_cases = {str(fold): those for fold, those in folds.items()}.get(args.fold)
+    if val_cases is None:
+        raise InputError(f"--fold {args.fold}: expected one of {', '.join(map(str, sorted(folds)))}, or all")
+    train_cases = [case for case in labelled if case not in val_cases]
     if not train_cases:
         raise InputError(f"--data {args.data}: no segmented case is left to train on, expected some")
     return train_cases, val_cases, lines
@@ -164,14 +165,16 @@ def divide(args):
 def validate(network, cases, crop, autocast, rank, world, device):
     """The mean Dice of ET, TC, WT over whole cases, predicted and painted as `infer.py` would."""
     network.eval()
-    total = torch.zeros(3, dtype=torch.float64, device=device)
-    for case in cases[rank::world]:
-        image, target, _ = load_case(case)
-        image = normalize(image)
+    total, share = torch.zeros(3, dtype=torch.float64, device=device), cases[rank::world]
+    for case, read in zip(share, read_ahead(share)):
+        if isinstance(read, InputError):
+            raise read
+        image, affine, _ = read
+        truth = read_truth(case, image[0], affine)
         with autocast:
             probabilities = predict(network, image, choose_window(image, crop))
         painted = labels_to_regions(regions_to_labels(probabilities > 0.5))
-        total += total.new_tensor([dice(p, t) for p, t in zip(painted, target)])
+        total += total.new_tensor([dice(p, t) for p, t in zip(painted, truth)])
     if world > 1:
         dist.all_reduce(total)
     network.train()
@@ -189,11 +192,15 @@ def check_room(args, precision, device, train_cases):
     if device.type == "cpu" and precision and args.crop[0] == 16:    # seen in PyTorch 2.13
         raise InputError(f"--crop {crop}: PyTorch's 16-bit gradients on a CPU are wrong for it, expected at "
                          "least 24 as the first, or --amp off")
+    if math.prod(side // args.pool for side in args.crop) < 2:
+        raise InputError(f"--pool {args.pool}: leaves less than two cells of --crop {crop}, expected less")
+    if args.norm == "group" and args.filters % 8:
+        raise InputError(f"--filters {args.filters}: expected a multiple of 8, the groups of --norm group")
     readers = args.workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     samples = 3 * 9 * math.prod(args.crop) * readers    # bytes; a reader is two ahead
     if samples > free_shared_memory():
-        raise InputError(f"/dev/shm: {free_shared_memory() / 1e6:.0f} MB free, expected {samples / 1e6:.0f} for "
-                         "samples on their way; see docker's --shm-size, or fewer --workers")
+        raise InputError(f"/dev/shm: {free_shared_memory() / 1e6:.0f} MB free, expected {samples / 1e6:.0f} "
+                         "for samples on their way; see docker's --shm-size, or fewer --workers")
     if args.cache:
         args.cache.mkdir(parents=True, exist_ok=True)
         missing = sum(not cache_entry(case, args.cache).exists() for case in train_cases)
@@ -251,11 +258,11 @@ def train(args, rank, world, device):
 
     settings = {name: value for name, value in vars(args).items() if name not in NO_SETTINGS}
     settings |= {"world": world, "precision": str(precision or torch.float32).removeprefix("torch.")}
-    names = {name: [case.name for case in those]
-             for name, those in (("train_cases", train_cases), ("val_cases", val_cases))}
+    case_names = {name: [case.name for case in those]
+                  for name, those in (("train_cases", train_cases), ("val_cases", val_cases))}
     parts = {"views": views, "optimizer": optimizer, "scaler": scaler}
     args.out.mkdir(parents=True, exist_ok=True)
-    first, best, log = resume(args.out / "last.pt", settings | names, parts)
+    first, best, log = resume(args.out / "last.pt", settings | case_names, parts)
     model = views
     if world > 1:
         dist.all_gather_object(firsts := [None] * world, first)
@@ -268,6 +275,8 @@ def train(args, rank, world, device):
         print(*lines, f"{len(train_cases)} cases to train on, {len(val_cases)} to validate; {device.type} x "
               f"{world}, {settings['precision']}; epochs {first + 1} to {args.epochs} of {steps} steps",
               sep="\n", flush=True)
+    if first == args.epochs:
+        return
     schedule = [(epoch, case) for epoch in range(first, args.epochs)
                 for case in epoch_order(train_cases, args.seed, epoch, world)[rank::world]]
     samples = iter(DataLoader(    # one for all epochs, so that its workers read on while an epoch ends
@@ -297,16 +306,20 @@ def train(args, rank, world, device):
         if world > 1:
             dist.all_reduce(sums)
         *means, doubtful = (sums / (steps * world)).tolist()
-        if not (math.isfinite(means[0]) and all(weight.isfinite().all() for weight in views.parameters())):
+        # In float16 a step may overflow, which the scaler leaves out: there the weights alone tell.
+        finite = scaler.is_enabled() or math.isfinite(means[0])
+        if not (finite and all(weight.isfinite().all() for weight in views.parameters())):
             raise InputError(f"epoch {epoch + 1}: loss ({means[0]:g}) or weights are not finite, expected "
                              "numbers; it is not saved; try a lower --lr or --amp off")
-        scores = []
+        scores, better = [], False
         if val_cases and ((epoch + 1) % args.validate_every == 0 or epoch + 1 == args.epochs):
             scores = validate(network, val_cases, args.crop, autocast, rank, world, device)
+            better = sum(scores) / 3 > best
+            best = max(best, sum(scores) / 3)
         log.append(log_row(epoch + 1, lr, means, scores, seconds, steps * world))
-        better, best = sum(scores) / 3 > best and bool(scores), max(best, sum(scores) / 3) if scores else best
         if rank == 0:
-            checkpoint = {"model": network.state_dict(), "settings": settings, **names, "epoch": epoch + 1}
+            checkpoint = {"model": network.state_dict(), "settings": settings, **case_names}
+            checkpoint["epoch"] = epoch + 1
             if better:
                 save_tensors(args.out / "best.pt", checkpoint | {"dice": scores})
             write_csv(args.out / "log.csv", log)
@@ -371,7 +384,7 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     rank, world, device = start_ranks()
-    torch.backends.cudnn.benchmark = True    # every step has the same shape
+    torch.backends.cudnn.benchmark = True    # all steps have one shape
     train(args, rank, world, device)
     if world > 1:
         dist.destroy_process_group()    # not in train(), whose DDP holds it
