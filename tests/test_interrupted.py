@@ -1,305 +1,308 @@
-"""Training that is stopped, killed, or runs out of something: it ends soon, says why, and goes on to the weights of a run left alone."""
+"""Training that is killed, stuck or out of room: one line, and the weights of a run left alone in the end."""
 
+import multiprocessing
 import os
-import re
+import random
+import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
-import nibabel
 import pytest
 import torch
-import torch.distributed as dist
+from torch.utils.data import DataLoader
 
-from conftest import REPO
-from data import find_cases, split_folds
-from infer import load_checkpoint
-
-TORCHRUN = ["-m", "torch.distributed.run"]
-# five cases to train on, one to validate: 5 steps an epoch on one process, 3 on two, validated after epochs 2 and 3
-SMALL = ["--folds", 6, "--fold", 0, "--epochs", 3, "--lr", "1e-3", "--crop", 16, 16, 16, "--filters", 8, "--pool", 4, "--dim", 4,
-         "--validate-every", 2, "--workers", 1, "--amp", "off"]
-
-# train.py, but as rank RANK computes its loss for the N-th time, it gets SIGNAL. With "validation" for N: as it first validates.
-SIGNALLED = """
-import os, signal, sys
 import train
-name, rank, when = sys.argv[1:4]
-sys.argv[1:4] = []
-calls = []
-def and_signal(function):
-    def signalled(*arguments):
-        calls.append(1)
-        if os.environ.get("RANK", "0") == rank and when in (str(len(calls)), "validation") and not os.path.exists("SENT"):
-            open("SENT", "w").close()
-            os.kill(os.getpid(), getattr(signal, name))
-        return function(*arguments)
-    return signalled
-if when == "validation":
-    train.dice = and_signal(train.dice)
-else:
-    train.soft_dice_loss = and_signal(train.soft_dice_loss)
-train.SAVE_EVERY = float(os.environ.get("SAVE_EVERY", 600))
-train.main()
-"""
+from conftest import REPO
+from data import find_cases, run_command, split_folds
+
+# five cases to train on: 5 steps an epoch on one process, 3 on two; one to validate after epochs 2 and 3
+SMALL = ["--folds", 6, "--epochs", 3, "--lr", "1e-3", "--crop", 16, 16, 16, "--filters", 8, "--pool", 4,
+         "--dim", 4, "--validate-every", 2, "--amp", "off"]
+FORKS = multiprocessing.get_context("forkserver")    # has PyTorch loaded: a run starts in a tenth of a second
+FORKS.set_forkserver_preload(["train"])
+
+
+def command(arguments, environment, log, change):
+    """train.py with its output in the file `log`. change(): what is done to it first."""
+    os.setsid()
+    multiprocessing.set_start_method(None, force=True)    # for its readers, the platform's own again
+    os.environ.update(environment)
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    sys.argv = ["train.py", *map(str, arguments)]
+    if change:
+        change()
+    run_command(train.main)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(out, *arguments, world=1, change=None):
+    """Starts train.py on `world` processes -> these. Rank N prints into OUT.N.txt."""
+    meeting = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    arguments = *SMALL, "--out", out, *arguments
+    started = [FORKS.Process(target=command, args=(arguments, {**meeting, "RANK": rank, "LOCAL_RANK": rank},
+                                                   out.with_name(f"{out.name}.{rank}.txt"), change))
+               for rank in map(str, range(world))]
+    for process in started:
+        process.start()
+    return started
+
+
+def ended(out, started):
+    """Waits for all ranks -> their exit codes, and rank 0's output."""
+    for process in started:
+        process.join(300)
+    return [process.exitcode for process in started], out.with_name(f"{out.name}.0.txt").read_text()
+
+
+def wait_for(path):
+    while not path.exists():
+        time.sleep(0.01)
+
+
+def assert_one_line(output, *parts):
+    """The last line is train.py's error with all `parts` in it, and no traceback was printed."""
+    line = output.splitlines()[-1]
+    assert line.startswith("train.py: error: ") and all(part in line for part in parts), output
+    assert "Traceback" not in output
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(run, cohort, tmp_path_factory):
-    """{processes: (last.pt, best.pt) of the run left alone}"""
-    ends = {}
-    for processes in (1, 2):
-        out = tmp_path_factory.mktemp("uninterrupted")
-        launcher = [*TORCHRUN, f"--nproc_per_node={processes}"] if processes > 1 else []
-        run(*launcher, "train.py", "--data", cohort, "--out", out, *SMALL, ok=0)
-        ends[processes] = [torch.load(out / name, weights_only=True) for name in ("last.pt", "best.pt")]
-    return ends
+def alone(cohort, tmp_path_factory):
+    """{processes: OUT of the run left alone}"""
+    folders = {}
+    for world in (1, 2):
+        folders[world] = tmp_path_factory.mktemp("alone") / "out"
+        started = start(folders[world], "--data", cohort, "--cache", "none", "--workers", 0, world=world)
+        assert ended(folders[world], started)[0] == [0] * world
+    return folders
 
 
-def assert_same(found, expected, where="last.pt"):
-    """Every tensor, number and string, but the log's two columns of time."""
-    assert type(found) is type(expected), where
+def same(found, expected):
+    """Whether every tensor, number and string is equal, but for the log's two columns of time."""
     if isinstance(expected, dict):
-        assert list(found) == list(expected), where
-        for key in expected:
-            if key not in ("seconds", "cases_per_second"):
-                assert_same(found[key], expected[key], f"{where} {key}")
-    elif isinstance(expected, (list, tuple)):
-        assert len(found) == len(expected), where
-        for i, (one, other) in enumerate(zip(found, expected)):
-            assert_same(one, other, f"{where} {i}")
-    else:
-        assert torch.equal(found, expected) if isinstance(expected, torch.Tensor) else found == expected, where
+        return list(found) == list(expected) and all(
+            same(found[k], v) for k, v in expected.items() if k not in ("seconds", "cases_per_second"))
+    if isinstance(expected, (list, tuple)):
+        return len(found) == len(expected) and all(map(same, found, expected))
+    return torch.equal(found, expected) if isinstance(expected, torch.Tensor) else found == expected
 
 
-def assert_ends_like(out, ends):
-    for name, expected in zip(("last.pt", "best.pt"), ends):
-        assert_same(torch.load(out / name, weights_only=True), expected, name)
-    assert not [path.name for path in out.iterdir() if path.name not in ("last.pt", "best.pt", "log.csv", "SENT")]
+def assert_ends_like(out, alone):
+    for name in ("last.pt", "best.pt"):
+        found, expected = (torch.load(folder / name, weights_only=True) for folder in (out, alone))
+        assert [key for key in expected if not same(found[key], expected[key])] == [], name
+        assert list(found) == list(expected)
+    assert sorted(path.name for path in out.iterdir()) == ["best.pt", "last.pt", "log.csv"]
 
 
-def signalled(run, out, *arguments, launcher=(), ok, **environment):
-    """Runs train.py under SIGNALLED in `out`."""
-    script = out / "signalled.py"
-    script.write_text(f"import sys\nsys.path.insert(0, {str(REPO)!r})\n" + SIGNALLED.replace("SENT", str(out / "SENT")))
-    os.environ.update(environment)
-    try:
-        return run(*launcher, script, *arguments, ok=ok)
-    finally:
-        script.unlink()
-        for name in environment:
-            del os.environ[name]
+# ---- killed -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130)])
-def test_a_signal_finishes_the_step_saves_and_leaves(run, cohort, uninterrupted, tmp_path, name, code):
-    arguments = ["--data", cohort, "--out", tmp_path, *SMALL]
-    done = signalled(run, tmp_path, name, 0, 8, *arguments, ok=code)
-    assert f"{name}: stopped in epoch 2, after step 3, and saved" in done.stdout and not done.stderr
-    last = torch.load(tmp_path / "last.pt", weights_only=True)
-    assert (last["epoch"], last["step"], last["finished"]) == (1, 3, False)
-    done = run("train.py", *arguments, ok=0)
-    assert "epochs 2 to 3 of 5 steps, 3 steps of epoch 2 done before" in done.stdout
-    assert_ends_like(tmp_path, uninterrupted[1])
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["finished"] is True
+@pytest.mark.parametrize(("world", "workers", "cache"), [(1, 0, "none"), (2, 2, None)])
+def test_killed_at_a_random_moment_it_ends_equal(alone, cohort, tmp_path, world, workers, cache):
+    out, arguments = tmp_path / "out", ("--data", cohort, "--cache")
+    started = start(out, *arguments, tmp_path / "cache", "--workers", 1, world=world)
+    wait_for(out / "last.pt")
+    log = torch.load(alone[world] / "last.pt", weights_only=True)["log"]
+    time.sleep(random.uniform(0, float(log[1]["seconds"])))
+    for process in started:
+        process.kill()
+    ended(out, started)
+    arguments = *arguments, cache or tmp_path / "cache", "--workers", workers
+    codes, output = ended(out, start(out, *arguments, world=world))
+    assert codes == [0] * world and "epochs 1 to 3" not in output
+    assert_ends_like(out, alone[world])
 
 
-def test_a_signal_during_validation_loses_no_step(run, cohort, uninterrupted, tmp_path):
-    arguments = ["--data", cohort, "--out", tmp_path, *SMALL]
-    done = signalled(run, tmp_path, "SIGTERM", 0, "validation", *arguments, ok=143)
-    assert "stopped before the validation of epoch 2" in done.stdout
-    last = torch.load(tmp_path / "last.pt", weights_only=True)
-    assert (last["epoch"], last["step"]) == (1, 5)
-    run("train.py", *arguments, ok=0)
-    assert_ends_like(tmp_path, uninterrupted[1])
+def killed_before_last_pt_is_renamed():
+    replace = os.replace
+
+    def kill(part, path):
+        if path.name == "last.pt" and path.exists():    # epoch 2's; its best.pt and log.csv are in place
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(part, path)
+    os.replace = kill
 
 
-def test_a_signal_to_one_of_two_processes_stops_both(run, cohort, uninterrupted, tmp_path):
-    arguments = ["--data", cohort, "--out", tmp_path, *SMALL]
-    launcher = [*TORCHRUN, "--nproc_per_node=2"]
-    done = signalled(run, tmp_path, "SIGTERM", 1, 5, *arguments, launcher=launcher, ok=1)
-    assert done.stdout.count("SIGTERM: stopped in epoch 2, after step 2") == 1
-    run(*launcher, "train.py", *arguments, ok=0)
-    assert_ends_like(tmp_path, uninterrupted[2])
+def test_killed_while_it_saves_it_ends_equal(alone, cohort, tmp_path):
+    out, arguments = tmp_path / "out", ("--data", cohort, "--cache", "none", "--workers", 0)
+    assert ended(out, start(out, *arguments, change=killed_before_last_pt_is_renamed))[0] == [-signal.SIGKILL]
+    found = {path.name: torch.load(path, weights_only=True)["epoch"] for path in out.glob("*.pt")}
+    assert found == {"last.pt": 1, "best.pt": 2, ".part-last.pt": 2}
+    codes, output = ended(out, start(out, *arguments))
+    assert codes == [0] and "epochs 2 to 3" in output
+    assert_ends_like(out, alone[1])
 
 
-def test_ctrl_c_reaches_all_processes_of_the_terminal_and_the_run_goes_on_with_other_workers(run, cohort, uninterrupted, tmp_path):
-    command = [sys.executable, REPO / "train.py", "--data", cohort, "--out", tmp_path, *SMALL]
-    process = subprocess.Popen([*map(str, command)], env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    for line in process.stdout:
-        if line.startswith("epoch 1/3"):
-            break
-    os.killpg(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "SIGINT: stopped" in output and "Traceback" not in output
-    run("train.py", "--data", cohort, "--out", tmp_path, *SMALL, "--workers", 0, ok=0)
-    assert_ends_like(tmp_path, uninterrupted[1])
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def test_a_validation_that_fails_each_time_saves_nothing_new(run, cohort, tmp_path):
-    """A batch system that starts a run again for as long as it saves something would do so for ever."""
+@pytest.mark.parametrize("agents", [1, 2])
+def test_torchrun_starts_a_killed_rank_again(alone, cohort, tmp_path, agents):
+    """Two agents on the loopback, one rank each, stand for two machines."""
+    out, log = tmp_path / "out", tmp_path / "log.txt"
+    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--local-addr=127.0.0.1"]
+    torchrun = ["-m", "torch.distributed.run", f"--nnodes={agents}", f"--nproc_per_node={2 // agents}",
+                "--max-restarts=1", *(meeting if agents == 2 else [])]
+    arguments = [REPO / "train.py", "--data", cohort, "--out", out, *SMALL, "--workers", 0, "--cache", "none"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    with open(log, "w") as file:
+        started = [subprocess.Popen([sys.executable, *map(str, [*torchrun, *arguments])], env=environment,
+                                    stdout=file, stderr=file) for _ in range(agents)]
+    wait_for(out / "last.pt")
+    rank = children(started[-1].pid)[-1]
+    environment = Path(f"/proc/{rank}/environ").read_text().split("\0")    # from which a run without is told
+    assert {"TORCHELASTIC_MAX_RESTARTS=1", "TORCHELASTIC_USE_AGENT_STORE=False"} <= {*environment}
+    os.kill(rank, signal.SIGKILL)
+    assert [agent.wait(300) for agent in started] == [0] * agents, log.read_text()
+    assert log.read_text().count(" to 3 of 3 steps") == 2, "it was over before the rank was killed"
+    assert_ends_like(out, alone[2])
+
+
+# ---- ranks ------------------------------------------------------------------------------------------------
+
+
+def shared_store():
+    os.environ |= {"TORCHELASTIC_MAX_RESTARTS": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+
+def test_restarts_without_torchruns_variable_are_refused(cohort, tmp_path):
+    out = tmp_path / "out"
+    codes, output = ended(out, start(out, "--data", cohort, world=2, change=shared_store))
+    assert codes == [2, 2] and not out.exists()
+    assert_one_line(output, "--max-restarts 1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
+
+
+def test_a_rank_that_fails_says_why_and_ends_the_run(cohort, tmp_path):
     shutil.copytree(cohort, tmp_path / "cohort")
-    arguments = ["--data", tmp_path / "cohort", "--out", tmp_path / "out", *SMALL]
-    (held_out,) = split_folds(find_cases(cohort), 6)[0]
-    scan = tmp_path / "cohort" / held_out.images[1].relative_to(cohort)
-    scan.write_bytes(scan.read_bytes()[:1000])
-    saved = []
-    for _ in range(2):
-        done = run("train.py", *arguments, ok=2)
-        assert scan.name in done.stderr
-        saved.append((tmp_path / "out" / "last.pt").stat().st_mtime_ns)
-    assert saved[0] == saved[1]
-    shutil.copytree(cohort, tmp_path / "cohort", dirs_exist_ok=True)
-    run("train.py", *arguments, ok=0)
+    cases = find_cases(tmp_path / "cohort")
+    training = [case for case in cases if case not in split_folds(cases, 6)[0]]
+    scan = train.epoch_order(training, 0, 0, 2)[3].images[2]    # rank 1's second
+    scan.write_bytes(scan.read_bytes()[:2000])
+    out = tmp_path / "out"
+    assert ended(out, start(out, "--data", tmp_path / "cohort", world=2))[0] == [2, 2]
+    assert_one_line((tmp_path / "out.1.txt").read_text(), str(scan))
+    assert_one_line((tmp_path / "out.0.txt").read_text(), "onnection")    # Gloo's, that the other has left
 
 
-def test_a_run_is_saved_within_an_epoch_too(run, cohort, uninterrupted, tmp_path):
-    arguments = ["--data", cohort, "--out", tmp_path, *SMALL]
-    signalled(run, tmp_path, "SIGKILL", 0, 9, *arguments, ok=-signal.SIGKILL, SAVE_EVERY="0")
-    last = torch.load(tmp_path / "last.pt", weights_only=True)
-    assert (last["epoch"], last["step"]) == (1, 3)
-    run("train.py", *arguments, ok=0)
-    assert_ends_like(tmp_path, uninterrupted[1])
+def out_of_its_own():
+    sys.argv += ["--out", f"{sys.argv[sys.argv.index('--out') + 1]}{os.environ['RANK']}"]
 
 
-def test_torchrun_starts_a_killed_rank_again_and_the_run_ends_equal(run, cohort, uninterrupted, tmp_path):
-    arguments = ["--data", cohort, "--out", tmp_path, *SMALL]
-    launcher = [*TORCHRUN, "--nproc_per_node=2", "--max-restarts=1"]
-    done = signalled(run, tmp_path, "SIGKILL", 1, 5, *arguments, launcher=launcher, ok=0)
-    assert "epochs 2 to 3 of 3 steps" in done.stdout
-    assert_ends_like(tmp_path, uninterrupted[2])
+def test_ranks_that_see_different_folders_refuse(alone, cohort, tmp_path):
+    shutil.copytree(alone[2], tmp_path / "out0")
+    started = start(tmp_path / "out", "--data", cohort, world=2, change=out_of_its_own)
+    codes, output = ended(tmp_path / "out", started)
+    assert codes == [2, 2]
+    assert_one_line(output, f"--out {tmp_path / 'out0'}", "[3, 0]")
+    assert not list((tmp_path / "out1").iterdir())
 
 
-def test_a_killed_rank_ends_the_run_within_a_minute(run, cohort, tmp_path):
-    start = time.monotonic()
-    done = signalled(run, tmp_path, "SIGKILL", 1, 5, "--data", cohort, "--out", tmp_path, *SMALL, launcher=[*TORCHRUN, "--nproc_per_node=2"], ok=1)
-    assert "SIGKILL" in done.stderr and time.monotonic() - start < 60
-    assert load_checkpoint(tmp_path / "last.pt")["epoch"] == 1
+# ---- interrupted, stuck, full -----------------------------------------------------------------------------
 
 
-def test_two_machines_go_on_when_a_rank_is_killed(run, cohort, uninterrupted, tmp_path):
-    """Two torchrun agents on the loopback, one process each, as two machines would have them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    script = tmp_path / "signalled.py"
-    script.write_text(f"import sys\nsys.path.insert(0, {str(REPO)!r})\n" + SIGNALLED.replace("SENT", str(tmp_path / "SENT")))
-    command = [sys.executable, *TORCHRUN, "--nnodes=2", "--nproc_per_node=1", "--max-restarts=1", "--rdzv-backend=c10d",
-               f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1", script, "SIGKILL", 1, 5, "--data", cohort, "--out", tmp_path, *SMALL]
-    agents = [subprocess.Popen([*map(str, command)], env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True) for _ in range(2)]
-    outputs = [agent.communicate(timeout=300)[0] for agent in agents]
-    script.unlink()
-    assert [agent.returncode for agent in agents] == [0, 0], outputs
-    assert len(re.findall("epochs 2 to 3 of 3 steps", "".join(outputs))) == 1
-    assert_ends_like(tmp_path, uninterrupted[2])
+def processes_of(session):
+    stats = [path.read_text() for path in Path("/proc").glob("[0-9]*/stat") if path.exists()]
+    return [stat for stat in stats if stat.split(")")[-1].split()[3] == str(session)]
 
 
-def test_ranks_meet_although_their_machines_have_counted_other_restarts():
-    """What the last start left in the store is still there, and rank 0 comes last."""
-    code = "import time, torch, torch.distributed as dist, data\ntime.sleep(3 * (rank == 0))\ndata.join_ranks('gloo', rank, 3)\n" \
-           "total = torch.tensor([10.0**rank])\ndist.all_reduce(total)\nprint(total.item())\ndist.destroy_process_group()"
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    for restarts in ((0, 0, 0), (1, 0, 2)):
-        started = []
-        for rank in range(3):
-            environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
-                           "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(restarts[rank]), "OMP_NUM_THREADS": "1"}
-            started.append(subprocess.Popen([sys.executable, "-c", f"rank = {rank}\n{code}"], cwd=REPO, env=environment, stdout=subprocess.PIPE, text=True))
-        assert [process.communicate(timeout=60)[0].strip() for process in started] == ["111.0"] * 3
+def test_ctrl_c_leaves_quietly(cohort, tmp_path):
+    started = start(tmp_path / "out", "--data", cohort, "--workers", 1)
+    wait_for(tmp_path / "out" / "last.pt")
+    os.killpg(started[0].pid, signal.SIGINT)    # as a terminal does, to the readers too
+    codes, output = ended(tmp_path / "out", started)
+    assert codes == [130] and "Traceback" not in output and "error" not in output
+    assert torch.load(tmp_path / "out" / "last.pt", weights_only=True)["finished"] is False
 
 
-def test_a_scheduler_that_signals_every_process_takes_none_from_the_run(run, cohort, uninterrupted, tmp_path):
-    """The readers too, as a batch system does, and while the step under way is still without its samples."""
-    command = [sys.executable, REPO / "train.py", "--data", cohort, "--out", tmp_path, *SMALL]
-    process = subprocess.Popen([*map(str, command)], env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    for line in process.stdout:
-        if line.startswith("epoch 1/3"):
-            break
-    with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
-        readers = [int(reader) for reader in file.read().split()]
-    assert readers
-    for pid in (*readers, process.pid):
-        os.kill(pid, signal.SIGTERM)
-    start = time.monotonic()
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 143 and "SIGTERM: stopped" in output and "Traceback" not in output and time.monotonic() - start < 10
-    assert not any(os.path.exists(f"/proc/{reader}") for reader in readers)
-    run("train.py", "--data", cohort, "--out", tmp_path, *SMALL, ok=0)
-    assert_ends_like(tmp_path, uninterrupted[1])
+def test_too_little_shared_memory_is_one_line(cohort, tmp_path):
+    tiny = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"', "sh"]
+    if not shutil.which("unshare") or subprocess.run([*tiny, "true"], capture_output=True).returncode:
+        pytest.skip("only root may mount a small /dev/shm")
+    arguments = map(str, ["--data", cohort, "--out", tmp_path, *SMALL, "--crop", 64, 64, 64, "--workers", 1])
+    command = [*tiny, sys.executable, REPO / "train.py", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert_one_line(done.stderr, "/dev/shm: 1 MB", "expected 7", "--shm-size")
 
 
-def test_machines_that_do_not_share_a_folder_are_told_so(run, cohort, tmp_path):
-    """Each rank with an OUT of its own, of which only rank 0's holds a checkpoint."""
-    out = tmp_path / "of0"
-    script = tmp_path / "apart.py"
-    script.write_text(f"import os, sys\nsys.path.insert(0, {str(REPO)!r})\nimport train\nsys.argv += ['--out', {str(tmp_path)!r} + '/of' + os.environ['RANK']]\ntrain.main()")
-    arguments = [*TORCHRUN, "--nproc_per_node=2", script, "--data", cohort, *SMALL]
-    run(*TORCHRUN, "--nproc_per_node=2", "train.py", "--data", cohort, "--out", out, *SMALL, ok=0)
-    done = run(*arguments, ok=1)
-    assert f"{tmp_path / 'of1'}: rank 1 finds 0 epochs and 0 steps done in it, rank 0 [3, 0], expected one folder" in done.stderr
-    assert not list((tmp_path / "of1").glob("*.pt"))
+def reader_hangs():
+    train.DataLoader = lambda *arguments, **options: DataLoader(*arguments, **{**options, "timeout": 1})
+    train.prepare = lambda *_: time.sleep(3600)
 
 
-def test_a_device_of_another_precision_is_refused(run, cohort, tmp_path):
-    run("train.py", "--data", cohort, "--out", tmp_path, *SMALL, "--crop", 24, 16, 16, "--epochs", 1, "--amp", "auto", ok=0)
-    before = (tmp_path / "last.pt").read_bytes()
-    code = "import torch, train\ntrain.choose_precision = lambda amp, device: torch.float16\ntrain.main()"
-    done = run("-c", code, "--data", cohort, "--out", tmp_path, *SMALL, "--crop", 24, 16, 16, "--epochs", 1, "--amp", "auto", ok=2)
-    (line,) = done.stderr.splitlines()
-    assert "last.pt: was trained with precision " in line and "expected float16 as in this call" in line
-    assert (tmp_path / "last.pt").read_bytes() == before
+def reader_dies():
+    train.prepare = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_crop_that_does_not_fit_is_one_line(run, cohort, tmp_path):
-    code = """
-import torch, train
-def forward(*_):
-    raise torch.OutOfMemoryError("CUDA out of memory")
-train.TwoViews.forward = forward
-train.main()
-"""
-    done = run("-c", code, "--data", cohort, "--out", tmp_path, *SMALL, ok=2)
-    (line,) = done.stderr.splitlines()
-    assert "--crop 16 16 16 with --filters 8 does not fit" in line
+@pytest.mark.parametrize("change", [reader_hangs, reader_dies])
+def test_a_reader_that_is_lost_ends_the_run(cohort, tmp_path, change):
+    started = start(tmp_path / "out", "--data", cohort, "--workers", 1, change=change)
+    codes, output = ended(tmp_path / "out", started)
+    assert codes == [2]
+    assert_one_line(output, "DataLoader")
+    assert not processes_of(started[0].pid)
 
 
-# ---- prediction -------------------------------------------------------------------------------------------------------
+def disk_fills_up():
+    validate = train.validate
+
+    def fill(*arguments):    # after epoch 2: best.pt still fits, last.pt does not
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6_000_000, resource.RLIM_INFINITY))
+        return validate(*arguments)
+    train.validate = fill
 
 
-def test_a_window_that_does_not_fit_is_one_line_and_leaves_nothing(run, cohort, checkpoint, tmp_path):
-    code = """
-import torch, infer
-def forward(*_):
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-infer.SegResNet.forward = forward
-infer.main()
-"""
-    done = run("-c", code, cohort, "--checkpoints", checkpoint, "--out", tmp_path / "out", ok=2)
-    (line,) = done.stderr.splitlines()
-    assert "--crop" in line and "--filters" in line and "2.00 GiB" in line
-    assert not list((tmp_path / "out").iterdir())
+def test_a_full_disk_leaves_the_last_checkpoint_good(alone, cohort, tmp_path):
+    out, arguments = tmp_path / "out", ("--data", cohort, "--cache", "none", "--workers", 0)
+    codes, output = ended(out, start(out, *arguments, change=disk_fills_up))
+    assert codes == [2] and torch.load(out / "last.pt", weights_only=True)["epoch"] == 1
+    assert_one_line(output, str(out / "last.pt"))
+    assert sorted(path.name for path in out.iterdir()) == ["best.pt", "last.pt", "log.csv"]
+    codes, output = ended(out, start(out, *arguments))
+    assert codes == [0] and "epochs 2 to 3" in output
+    assert_ends_like(out, alone[1])
 
 
-def test_prediction_stopped_while_it_writes_leaves_whole_files_and_goes_on(run, cohort, checkpoint, tmp_path):
-    code = """
-import os, signal, nibabel, infer
-save, saved = nibabel.save, []
-def save_and_signal(image, path):
-    save(image, path)
-    saved.append(path)
-    if len(saved) == 3:
-        os.kill(os.getpid(), signal.SIGTERM)    # the third file is written, but not under its name yet
-nibabel.save = save_and_signal
-infer.main()
-"""
-    run("-c", code, cohort, "--checkpoints", checkpoint, "--out", tmp_path / "out", ok=143)
-    left = sorted((tmp_path / "out").iterdir())
-    assert 2 <= len(left) <= 4 and [path.name for path in left] == [f"BraTS2021_0000{i}.nii.gz" for i in range(len(left))]
-    assert all(nibabel.load(path).get_fdata().shape == (32, 32, 32) for path in left)
-    done = run("infer.py", cohort, "--checkpoints", checkpoint, "--out", tmp_path / "out", ok=0)
-    assert f"{len(left)} cases were predicted before and kept" in done.stdout and len(list((tmp_path / "out").iterdir())) == 6
+# ---- examples/slurm.sh ------------------------------------------------------------------------------------
+
+STAND_INS = {
+    "srun": '[ "$1 $2" = "--cpus-per-task=32 --kill-on-bad-exit=1" ] && shift 2 && exec "$@"',
+    "scontrol": 'case $1 in show) echo 127.0.0.1 ;; requeue) echo "requeued $2" ;; esac',
+    "python": f'exec {sys.executable} "$@"',
+    "torchrun": '[ "$TORCH_DISABLE_SHARE_RDZV_TCP_STORE" = 1 ] && [ -z "$FAILS" ] || exit 1\n'
+                'while [ "$1" != train.py ]; do shift; done; shift\n'
+                f'exec {sys.executable} {REPO}/train.py "$@"',
+    # a job's time is up as soon as a first epoch is saved
+    "timeout": 'last=runs/slurm-42/last.pt; [ $1 -gt 28000 ] && shift; [ -e $last ] && exec "$@"\n'
+               '"$@" & while kill -0 $! && [ ! -e $last ]; do sleep 0.01; done; kill $!; wait'}
+
+
+def test_a_slurm_job_queues_again_until_it_is_finished(cohort, tmp_path):
+    (tmp_path / "bin").mkdir()
+    for name, text in STAND_INS.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
+                   "SLURM_JOB_ID": "42", "SLURM_NNODES": "1", "SLURM_CPUS_PER_TASK": "32",
+                   "SLURM_JOB_NODELIST": "here", "SLURM_JOB_END_TIME": str(int(time.time()) + 8 * 3600)}
+    script = ["bash", REPO / "examples" / "slurm.sh", "--data", cohort, *map(str, SMALL), "--workers", "0"]
+    jobs = [subprocess.run(script, cwd=tmp_path, env={**environment, "FAILS": fails}, capture_output=True,
+                           text=True) for fails in ("", "it saves nothing", "")]
+    assert [job.returncode for job in jobs] == [0, 1, 0] and "nothing was saved" in jobs[1].stderr, jobs
+    assert ["requeued 42" in job.stdout for job in jobs] == [True, False, False]
+    assert "epochs 2 to 3" in jobs[2].stdout and "finished: runs/slurm-42" in jobs[2].stdout
