@@ -71,7 +71,7 @@ def test_mean_and_geometric_mean():
     expected = stats.gmean(nested_maps(5).double().numpy(), axis=0)
     np.testing.assert_allclose(geometric_mean_ensemble(nested_maps(5)).numpy(), expected, rtol=1e-5)
     assert geometric_mean_ensemble(region_maps(0.0, 0.9)).item() == 0
-    assert geometric_mean_ensemble(region_maps(*[1e-30] * 40)).item() == pytest.approx(1e-30, rel=1e-4)
+    assert geometric_mean_ensemble(region_maps(*[1e-30] * 40)).item() == pytest.approx(1e-30, rel=1e-4, abs=0)
 
 
 def test_float16_maps_are_summed_in_float32():
