@@ -137,7 +137,7 @@ def test_folds_of_a_monai_data_list(cohort, tmp_path):
                for i, name in enumerate(names)]
     path.write_text(json.dumps({"training": entries}))
     folds, line = train.listed_folds(path, cases)
-    assert folds == [[cases[0], cases[2], cases[4]], [cases[1], cases[3]]]
+    assert folds == {0: [cases[0], cases[2], cases[4]], 1: [cases[1], cases[3]]}
     assert "1 of its cases" in line and "1 of --data" in line
 
 
@@ -272,7 +272,7 @@ def test_more_processes_than_gpus_is_one_line(monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(InputError, match="nproc_per_node 4.* 2 GPUs"):
+    with pytest.raises(InputError, match="nproc_per_node.* 2 GPUs"):
         infer.start_ranks()
 
 
