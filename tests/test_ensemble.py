@@ -121,6 +121,7 @@ def folders(tmp_path):
     for name, volumes in maps.items():
         for folder, volume in zip("abc", volumes):
             write_map(tmp_path / folder / name, volume)
+    (tmp_path / "a" / "._BraTS2021_00001.nii.gz").write_bytes(b"")    # a Mac leaves such files
     return [tmp_path / folder for folder in "abc"], maps
 
 
