@@ -18,7 +18,7 @@ STYLES = {"patients, 4 mm": {"color": "#003f7f", "marker": "o"},
           "phantoms": {"color": "#c05a00", "marker": "D", "mfc": "white"}}
 PANELS = {
     "The Barlow Twins term": ("change of mean Dice", {
-        "as trained": lambda study: np.subtract(*term(study)[::-1]),
+        "unperturbed": lambda study: np.subtract(*term(study)[::-1]),
         "perturbed": lambda study: np.subtract(*term(study, condition=PERTURBED)[::-1])}),
     "Top N/2 by confidence, not all": ("change of mean Dice", {
         "5 maps": lambda study: np.subtract(*merged(study)[::-1]),

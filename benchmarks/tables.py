@@ -27,7 +27,7 @@ REGIONS = ("ET", "TC", "WT")
 DICE, HD95 = ([f"{measure}_{region.lower()}" for region in REGIONS] for measure in ("dice", "hd95"))
 PERTURBED = ("bias field", "contrast", "noise")
 SINGLES = tuple(f"single {i}" for i in range(5))
-POOLED = {"as trained": "as trained", "perturbed": PERTURBED, "all four": ("as trained", *PERTURBED)}
+POOLED = {"unperturbed": "as trained", "perturbed": PERTURBED, "all four": ("as trained", *PERTURBED)}
 
 
 # ---- rows --------------------------------------------------------------------------------------------------
@@ -181,25 +181,34 @@ def sentence(studies, what, ask):
     for study in studies:
         pair = ask(study)
         _, low, high = interval(pair[1] - pair[0])
-        words["better" if low > 0 else "worse" if high < 0 else "cannot be told from no change"] = None
+        seeds = f"{pair.shape[1]} seed{'s' * (pair.shape[1] > 1)}"
+        few = f", as far as {seeds} tell" * (pair.shape[1] < 3)
+        words[f"better{few}" if low > 0 else f"worse{few}" if high < 0 else "not shown"] = None
         scale = "".join(f"{scale}, " for scale in study.name.split(", ")[1:])
-        found.append(f"{change(pair)} ({scale}{pair.shape[1]} seed{'s' * (pair.shape[1] > 1)})")
+        found.append(f"{change(pair)} ({scale}{seeds})")
     who = "phantoms" if study.name == "phantoms" else f"{study.cases} {study.name.split(', ')[0]}"
-    text = f"On {who}, {pair.shape[2]} of them held out, {what} changes mean Dice by {' and '.join(found)}: "
+    text = f"On {who}, {pair.shape[2]} held out, {what} changes mean Dice by {' and '.join(found)}: "
     return textwrap.fill(f"- {text}{', '.join(words)}.", 110, subsequent_indent="  ", break_on_hyphens=False)
+
+
+CLAIMS = {"the Barlow Twins term": term, "merging five maps by confidence, not by their mean,": merged}
+PARTS = {    # of the term, on patients
+    "the term at weight 1, the sum read literally,": lambda study: term(study, arms=("without", "weight 1")),
+    "dropping its redundancy half (lambda 0)": lambda study: term(study, arms=("with", "lambda 0"))}
 
 
 def in_short(studies):
     cohorts = {}
     for study in studies:
         cohorts.setdefault(study.name.split(",")[0], []).append(study)
-    claims = {"the Barlow Twins term": term, "merging five maps by confidence, not by their mean,": merged}
-    return "\n".join(sentence(these, what, ask) for what, ask in claims.items() for these in cohorts.values())
+    varied = [study for study in next(iter(cohorts.values())) if where_varied(study).scores]
+    lines = [(these, *claim) for claim in CLAIMS.items() for these in cohorts.values()]
+    lines += [(varied, *part) for part in PARTS.items() if varied]
+    return "\n".join(sentence(*line) for line in lines)
 
 
 def by_seed(pair):
-    values = np.nanmean(pair[1] - pair[0], 1)
-    return f"{(values > 0).sum()} of {len(values)}: " + ", ".join(f"{x:+.3f}" for x in values)
+    return ", ".join(f"{x:+.3f}" for x in np.nanmean(pair[1] - pair[0], 1))
 
 
 def alone(pair):
@@ -213,18 +222,16 @@ def rho(groups):
 
 
 def answers(studies):
-    return side_by_side(studies, "mean Dice, but for the last two rows", {
-        "the term at 1/dim, cases as trained": lambda study: from_to(term(study)),
-        "seeds in which it helps": lambda study: by_seed(term(study)),
+    return side_by_side(studies, "mean Dice, but for the last row", {
+        "the term at 1/dim, unperturbed": lambda study: from_to(term(study)),
+        "its difference by seed": lambda study: by_seed(term(study)),
         "the first two seeds alone": lambda study: change(term(study)[:, :2]),
         "the interval by seeds alone; by cases alone": lambda study: alone(term(study)),
-        "the term, perturbed cases": lambda study: from_to(term(study, condition=PERTURBED)),
-        "the literal weight 1 to no term": lambda study: change(term(study, arms=("without", "weight 1"))),
+        "the term, perturbed": lambda study: from_to(term(study, condition=PERTURBED)),
         "top N/2 of 5 maps to their mean": lambda study: from_to(merged(study)),
         "the network that validates best to that mean": lambda study: from_to(merged(study, "best single")),
         "top N/2 of 40 maps to their mean": lambda study: from_to(merged(study, maps="40 maps")),
         "effective rank of the features, of 8": lambda study: from_to(term(study, ["effective_rank"]), 2),
-        "rho of confidence and Dice of a case's 5 maps: ET; TC; WT": of_regions(rho),
     })
 
 
@@ -235,18 +242,29 @@ def terms(studies, condition):
         rows = of(study.scores, condition=condition)
         for cohort, cases in dict.fromkeys((row["cohort"], row["cases"]) for row in of(rows, arm="with")):
             arms = [of(rows, cohort=cohort, cases=cases, arm=arm) for arm in ("without", "with")]
-            regions = [change(paired(*arms, [column]), 3 if column in DICE else 1) for column in DICE + HD95]
-            lines.append([study.name, cohort, cases, from_to(paired(*arms, DICE)), *regions])
-    hd95 = [f"HD95 {region}, mm" for region in REGIONS]
-    return table(["study", "cohort", "to train on", "mean Dice", *REGIONS, *hd95], lines)
+            regions = [change(paired(*arms, [column]), 3) for column in DICE]
+            hd95 = change(paired(*arms, HD95), 1)
+            lines.append([study.name, cohort, cases, from_to(paired(*arms, DICE)), *regions, hd95])
+    return table(["study", "cohort", "to train on", "mean Dice", *REGIONS, "mean HD95, mm"], lines)
 
 
-def arms(studies, other, condition="as trained", columns=DICE):
-    """The term's variants to another arm, in the studies that have them."""
-    names = dict.fromkeys(row["arm"] for study in studies for row in study.scores)
-    names = [name for name in names if name not in ("without", "with")]
-    return side_by_side(studies, f"to the arm *{other}*", {
-        arm: lambda study, arm=arm: change(term(study, columns, (other, arm), condition)) for arm in names})
+def where_varied(study):
+    """The study's scores of the cohorts, training cases and seeds that have the term's variants too."""
+    def which(row):
+        return row["cohort"], row["cases"], row["seed"]
+
+    varied = {which(row) for row in study.scores if row["arm"] not in ("without", "with")}
+    return study._replace(scores=[row for row in study.scores if which(row) in varied])
+
+
+def variants(studies, condition="as trained", columns=DICE):
+    """The term and its variants, beside the term and beside its absence, in the studies that have them."""
+    studies = [study for study in map(where_varied, studies) if study.scores]
+    beside = [(study, other) for study in studies for other in ("with", "without")]
+    names = dict.fromkeys(row["arm"] for study in studies for row in study.scores if row["arm"] != "without")
+    rows = [[name, *(change(term(study, columns, (other, name), condition)) if name != other else ""
+                     for study, other in beside)] for name in names]
+    return table(["arm", *(f"{study.name}: to *{other}*" for study, other in beside)], rows)
 
 
 def ensembles(studies):
@@ -273,7 +291,9 @@ def painted(groups):
 
 def enhancing(study):
     et, wt = (maps_of(study, region) for region in ("ET", "WT"))
-    return spread([et[key][3, 0] / wt[key][3, 0] for key in et], 2)
+    none = {case: values[3, 0] == 0 for (_, case), values in et.items()}
+    share = spread([et[key][3, 0] / wt[key][3, 0] for key in et], 2)
+    return f"{share}; none in {sum(none.values())} of {len(none)}"
 
 
 def usual_rho(groups):
@@ -281,31 +301,18 @@ def usual_rho(groups):
     return f"{np.mean([spearman(*network[:2]) for network in usual(groups).values()]):+.2f}"
 
 
-def least_to_most(groups, measure):
-    """Mean rho in the third of the cases whose maps differ least by a measure, and where they differ most."""
-    rhos = ranks(groups)
-    in_order = [rhos[key] for key in sorted(rhos, key=lambda key: measure(groups[key]))]
-    third = len(in_order) // 3
-    return f"{np.mean(in_order[:third]):+.2f} to {np.mean(in_order[-third:]):+.2f}"
-
-
 def rankings(studies):
     """What the maps of a case are like, and what goes with how confidence ranks them."""
-    def dice_differs(maps):
-        return maps[1].std()
-
     def size_differs(maps):
         return maps[2].std() / maps[2].mean()
 
     asked = {
         "rho of confidence and Dice": rho,
-        "the same, less each network's usual": lambda groups: rho(without_usual(groups)),
-        "rho of the networks' usual confidence and usual Dice": usual_rho,
+        "rho, each network's usual level taken off": lambda groups: rho(without_usual(groups)),
+        "rho of usual confidence and usual Dice": usual_rho,
         "rho of confidence and size": lambda groups: f"{np.mean([*ranks(groups, 0, 2).values()]):+.2f}",
-        "sd of Dice": lambda groups: f"{np.mean([*map(dice_differs, groups.values())]):.3f}",
-        "rho where Dice differs least, and most": lambda groups: least_to_most(groups, dice_differs),
+        "sd of Dice": lambda groups: f"{np.mean([maps[1].std() for maps in groups.values()]):.3f}",
         "sd of size / size": lambda groups: f"{np.mean([*map(size_differs, groups.values())]):.2f}",
-        "rho where size differs least, and most": lambda groups: least_to_most(groups, size_differs),
         "voxels predicted / true": painted,
     }
     questions = {question: of_regions(ask) for question, ask in asked.items()}
@@ -321,10 +328,9 @@ def all_tables(studies):
     """-> {name: Markdown}"""
     tables = {"in short": in_short(studies), "answers": answers(studies), "ensembles": ensembles(studies),
               "rankings": rankings(studies)}
-    for other in ("without", "with"):
-        for name, condition in POOLED.items():
-            tables[f"arms to {other}, {name}"] = arms(studies, other, condition)
-        tables[f"arms to {other}, effective rank"] = arms(studies, other, columns=["effective_rank"])
+    for name, condition in POOLED.items():
+        tables[f"variants, {name}"] = variants(studies, condition)
+    tables["variants, effective rank"] = variants(studies, columns=["effective_rank"])
     conditions = POOLED | {name: name for name in PERTURBED}
     return tables | {f"term, {name}": terms(studies, condition) for name, condition in conditions.items()}
 
