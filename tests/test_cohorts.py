@@ -1,0 +1,453 @@
+"""Cohorts as they come: the same voxels in five namings, what names and labels mean, what is refused or said.
+
+The tables here follow the datasets' own descriptions; data.py's table is what they test.
+"""
+
+import csv
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+import data
+import infer
+import train
+from conftest import REPO
+from data import InputError, find_cases, load_case
+from segresnet import SegResNet
+
+sys.path.insert(0, str(REPO / "examples"))
+import phantom  # noqa: E402
+
+LABELS = {"brats2021": (1, 2, 4), "brats2023": (1, 2, 3), "ucsf": (1, 2, 4), "upenn": (1, 2, 4),
+          "decathlon": (2, 1, 3)}    # of necrosis, oedema, enhancing tumour
+TINY = "--epochs 1 --filters 8 --pool 4 --dim 4 --crop 16 16 16 --workers 0 --amp off --cache none".split()
+
+
+def number(name):
+    """Which of the phantom's cases it is, whatever the layout: UPENN-GBM-00003_11 is 3."""
+    return int(re.search(r"[-_](\d+)", name)[1])
+
+
+def regions_by_hand(labels, necrosis=1, oedema=2, enhancing=4):
+    et, tc = labels == enhancing, (labels == enhancing) | (labels == necrosis)
+    return np.stack([et, tc, tc | (labels == oedema)])
+
+
+def recoded(labels, necrosis, oedema, enhancing):
+    """Labels 1, 2, 4 as another cohort's."""
+    return np.array([0, necrosis, oedema, 0, enhancing], np.uint8)[labels]
+
+
+def voxels(path):
+    return np.asarray(nib.load(path).dataobj)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs a module's command in this process -> exit code, lines that it printed."""
+    def run_here(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+        return module.main(), capsys.readouterr().out.splitlines()
+    return run_here
+
+
+@pytest.fixture(scope="module")
+def layouts(run, tmp_path_factory):
+    """A folder for each layout of the same four cases, 32x32x32."""
+    root = tmp_path_factory.mktemp("layouts")
+    for like in LABELS:
+        run("examples/phantom.py", root / like, "--like", like, "--cases", 4, "--shape", 32, 32, 32, ok=0)
+    return root
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    """A checkpoint of random weights, which paints every label."""
+    path = tmp_path_factory.mktemp("network") / "best.pt"
+    torch.manual_seed(8)
+    torch.save({"model": SegResNet(filters=8).state_dict(), "train_cases": [], "val_cases": [], "settings": {
+        "filters": 8, "norm": "instance", "amp": "off", "crop": [16, 16, 16], "fold": "all"}}, path)
+    return path
+
+
+# ---- the same voxels in five layouts ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("like", LABELS)
+def test_images_and_targets_are_those_the_phantom_drew(layouts, like):
+    cases = find_cases(layouts / like)
+    assert [number(case.name) for case in cases] == [0, 1, 2, 3]
+    for case in cases:
+        image, target, affine = load_case(case)
+        images, labels = phantom.make_case((32, 32, 32), 0, number(case.name))
+        assert np.array_equal(image, images) and np.array_equal(target, regions_by_hand(labels))
+        assert affine.tolist() == [[-1, 0, 0, 0], [0, -1, 0, 31], [0, 0, 1, 0], [0, 0, 0, 1]]
+    assert len({case.patient for case in cases}) == 4
+    assert sorted(sum(data.split_folds(cases, 4), [])) == cases
+
+
+def test_an_epoch_of_training_is_the_same_in_each(layouts, tmp_path, monkeypatch, command):
+    # A sample depends on its case's name; here on its number alone, so that the five runs draw alike.
+    ends, draw = [], train.case_generator
+    monkeypatch.setattr(train, "case_generator", lambda seed, epoch, name: draw(
+        seed, epoch, name if name == "order" else str(number(name))))
+    for like in LABELS:
+        entries = [{"fold": number(case.name) % 2, "label": str(case.label.relative_to(layouts))}
+                   for case in find_cases(layouts / like)]
+        (tmp_path / f"{like}.json").write_text(json.dumps({"training": entries}))
+        command(train, "--data", layouts / like, "--fold-list", tmp_path / f"{like}.json", "--fold", 1,
+                "--out", tmp_path / like, *TINY)
+        ends.append(torch.load(tmp_path / like / "last.pt", weights_only=True))
+        assert [number(name) for name in ends[-1]["train_cases"]] == [0, 2]
+        assert [number(name) for name in ends[-1]["val_cases"]] == [1, 3]
+        assert all(torch.equal(weight, ends[0]["views"][name]) for name, weight in ends[-1]["views"].items())
+        assert all(ends[-1]["log"][0][key] == ends[0]["log"][0][key] for key in ("loss", "barlow", "dice_wt"))
+
+
+def test_predictions_are_in_the_layouts_own_labels(layouts, network, tmp_path, command):
+    tables, painted = [], {}    # {number: what brats2021 holds}
+    for like in LABELS:
+        out, table = tmp_path / like, tmp_path / f"{like}.csv"
+        assert command(infer, layouts / like, "--checkpoints", network, "--out", out)[0] == 0
+        for case in find_cases(layouts / like):
+            written, source = nib.load(out / f"{case.name}.nii.gz"), nib.load(case.images[0])
+            same = painted.setdefault(number(case.name), np.asarray(written.dataobj))
+            assert set(np.unique(same)) == {0, 1, 2, 4} and written.shape == (32, 32, 32)
+            assert np.array_equal(written.dataobj, recoded(same, *LABELS[like]))
+            assert np.array_equal(written.affine, source.affine) and written.header["xyzt_units"] == 2    # mm
+        rows = list(csv.DictReader(open(table)))
+        tables.append([[row[column] for column in infer.COLUMNS] for row in rows])
+        assert tables[-1] == tables[0] and len(rows) == 4
+        table.unlink()
+        command(infer, "--score", out, "--truth", layouts / like)    # from the files as from memory
+        assert list(csv.DictReader(open(table))) == rows
+
+
+# ---- names, patients, folds -------------------------------------------------------------------------------
+
+
+def touch(folder, *names):
+    """Empty files: finding cases reads listings only."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+COHORTS = [    # patient and time point; where a case's files start, and how they end
+    ("Brats18_2013_10_1", "", "HGG/{0}/{0}_", "t1 t1ce t2 flair seg"),
+    ("BraTS20_Training_001", "", "{0}/{0}_", "t1 t1ce t2 flair seg"),
+    ("BraTS2021_00000", "", "images/{0}_", "t1 t1ce t2 flair a/tree/of/its/own/{0}_seg"),
+    ("BraTS-GLI-00005", "-101", "{0}/{0}-", "t1n t1c t2w t2f seg"),
+    ("BraTS-MET-00086", "-000", "{0}/{0}-", "t1n t1c t2w t2f seg"),
+    ("BraTS-GoAT-00001", "", "{0}/{0}-", "t1n t1c t2w t2f seg"),
+    ("UCSF-PDGM-0004", "", "{0}_nifti/{0}_", "T1 T1c T2 FLAIR tumor_segmentation"),
+    ("UCSF-PDGM-0431", "_FU003d", "{0}_nifti/{0}_", "T1 T1c T2 FLAIR tumor_segmentation"),
+    ("UPENN-GBM-00002", "_21", "images_structural/{0}/{0}_", "T1 T1GD T2 FLAIR images_segm/{0}_segm")]
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("patient, time, start, ends", COHORTS)
+def test_every_cohort_is_found(tmp_path, patient, time, start, ends, ending):
+    paths = [(end if "/" in end else start + end).format(patient + time) + ending for end in ends.split()]
+    touch(tmp_path, *paths, "survival.csv", "notes.nii.gz", *[f"{Path(path).parent}/._fork_{Path(path).name}"
+                                                              for path in paths])
+    (tmp_path / "loop").symlink_to(tmp_path)    # each folder once
+    (case,) = find_cases(tmp_path)
+    assert (case.name, case.patient) == (patient + time, patient)
+    assert [*case.images, case.label] == [tmp_path / path for path in paths]
+
+
+@pytest.mark.parametrize("name, times", [
+    ("UCSF-PDGM-{:04}{}_T1c", ("", "_FU003d")), ("UPENN-GBM-{:05}{}_T1GD", ("_11", "_21")),
+    ("BraTS-GLI-{:05}{}-t1c", ("-000", "-001", "-002")), ("BraTS-GoAT-{:05}{}-t1c", ("",))])
+def test_time_points_of_a_patient_are_in_one_fold(tmp_path, name, times):
+    touch(tmp_path, *[name.format(i, time) + ".nii.gz" for i in range(6) for time in times])
+    for fold in data.split_folds(find_cases(tmp_path), 3):
+        assert len(fold) == 2 * len(times) and len({number(case.name) for case in fold}) == 2
+
+
+def test_a_published_data_list_is_followed(layouts, tmp_path, command):
+    path, listed = "TrainingData/BraTS2021_{0:05}/BraTS2021_{0:05}_{1}.nii.gz".format, tmp_path / "list.json"
+    entries = [{"fold": fold, "image": [path(i, "flair")], "label": path(i, "seg")}
+               for i, fold in [(2, 4), (1467, 0), (0, 0), (3, 4), (1651, 4)]]    # 1467 and 1651 are not here
+    listed.write_text(json.dumps({"training": entries}))
+    folds, line = train.listed_folds(listed, find_cases(layouts / "brats2021"))
+    assert {fold: [number(case.name) for case in folds[fold]] for fold in folds} == {0: [0], 4: [2, 3]}
+    assert re.findall(r"\b\d+\b", line.removeprefix(str(listed))) == ["2", "1"]    # and 1 is not in the list
+    flags = ["--data", layouts / "brats2021", "--fold-list", listed, "--fold", 4, "--out", tmp_path]
+    assert line in command(train, *flags, *TINY)[1]
+    last = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert [[*map(number, last[names])] for names in ("train_cases", "val_cases")] == [[0], [2, 3]]
+    for text in ("{", "[]", '{"training": [{"label": "a_seg.nii.gz"}]}', '{"training": [{"fold": 0}]}'):
+        listed.write_text(text)
+        with pytest.raises(InputError, match=f"--fold-list {listed}"):
+            train.listed_folds(listed, find_cases(layouts / "brats2021"))
+
+
+def test_other_names_are_told_by_names_and_labels(layouts, network, tmp_path, command):
+    root, names, labels = layouts / "upenn", "_T1 _T1GD _T2 _FLAIR _segm", ((1,), (2,), (4,))
+    for told, case in zip(find_cases(root, names.split(), labels), find_cases(root), strict=True):
+        assert told[:4] == case[:4] and all(map(np.array_equal, load_case(told), load_case(case)))
+    flags = ["--names", names, "--labels", 1, 2, 4]
+    assert command(data, root, *flags)[1][1:] == command(data, root)[1][1:]    # but for the naming
+    command(train, "--data", root, *flags, "--fold", "all", "--out", tmp_path / "run", *TINY)
+    command(infer, root, *flags, "--checkpoints", network, "--out", tmp_path / "out")
+    assert (tmp_path / "run" / "last.pt").exists() and len(list((tmp_path / "out").iterdir())) == 4
+    for names, labels, flag in [(["_T1", "_T1GD"], labels, "--names"), (names.split(), None, "--labels"),
+                                (None, ((1,), (1,), (4,)), "--labels"),
+                                (None, ((0,), (1,), (4,)), "--labels")]:
+        with pytest.raises(InputError, match=flag):
+            find_cases(root, names, labels)
+
+
+def test_a_missing_modality_has_its_own_name(tmp_path):
+    touch(tmp_path, "a-t1n.nii", "a-t1c.nii", "a-t2w.nii")
+    for names in (None, "-t1n -t1c -t2w -t2f -seg".split()):
+        (case,) = find_cases(tmp_path, names, ((1,), (2,), (3,)))
+        assert case.images[3] == tmp_path / "a-t2f.nii.gz" and case.label is None
+        with pytest.raises(InputError, match="a-t2f.nii.gz: .*[Nn]o such file"):
+            data.read_volume(case.images[3])
+
+
+# ---- nothing is taken for something else ------------------------------------------------------------------
+
+OLD, NEW = "_t1 _t1ce _t2 _flair _seg", "-t1n -t1c -t2w -t2f -seg"
+
+
+def write_case(folder, suffixes, labels):
+    """A case of random images of the shape of `labels`, in `folder` and of its name -> the folder."""
+    images = np.random.default_rng(0).integers(1, 1000, (4, *labels.shape), np.int16)
+    for suffix, volume in zip(suffixes.split(), (*images, labels), strict=True):
+        phantom.save(folder / f"{folder.name}{suffix}.nii.gz", volume)
+    return folder
+
+
+@pytest.mark.parametrize("flag, meaning", [("1 2 3", ((1,), (2,), (3,))), ("2,3 4 1", ((2, 3), (4,), (1,)))])
+def test_pediatric_labels_are_told_or_refused(tmp_path, command, flag, meaning):
+    stored = np.random.default_rng(1).choice(np.array([0, *sum(meaning, ())], np.uint8), (8, 8, 8))
+    root = write_case(tmp_path / "BraTS-PED-00001-000", NEW, stored)
+    with pytest.raises(InputError, match="--labels"):
+        command(data, root)
+    masks = [np.isin(stored, labels) for labels in (meaning[2], meaning[2] + meaning[0], sum(meaning, ()))]
+    lines = command(data, root, "--labels", *flag.split())[1]
+    for region, mask in zip(("ET", "TC", "WT"), masks):
+        assert any(re.search(rf"{region}\b.*\b{mask.sum()} voxels", line) for line in lines)
+    (case,) = find_cases(root, labels=meaning)
+    assert np.array_equal(load_case(case)[1], masks)
+    painted, out = np.array([[[0, 1, 2, 4]]], np.uint8), tmp_path / "out.nii.gz"
+    data.save_volume(out, painted, case.images[0], case.naming.labels)
+    assert voxels(out).flatten().tolist() == [0, *(labels[0] for labels in meaning)]
+
+
+@pytest.mark.parametrize("values", [[0, 1, 2, 4], [0, 0.9999, 2.0001, 3.9999]])
+def test_labels_are_the_integers_that_they_are_near(tmp_path, values):
+    labels = np.resize(np.array(values, np.float32), (4, 4, 4))    # 3.9999: integers that were scaled
+    (case,) = find_cases(write_case(tmp_path / "a", OLD, labels))
+    assert np.array_equal(load_case(case)[1], regions_by_hand(labels.round()))
+
+
+@pytest.mark.parametrize("value, dtype", [(3, np.uint8), (-252, np.int16), (260, np.int16),
+                                          (1.5, np.float32), (3.98, np.float64), (np.nan, np.float32)])
+def test_any_other_label_is_refused(tmp_path, value, dtype):
+    labels = np.resize(np.array([0, 1, value], dtype), (4, 4, 4))    # -252 and 260 are 4 in eight bits
+    (case,) = find_cases(write_case(tmp_path / "a", OLD, labels))
+    with pytest.raises(InputError, match=rf"a_seg.nii.gz: .*label {value:g}, expected 0, 1, 2, 4.*--labels"):
+        load_case(case)
+
+
+def test_the_resection_cavity_is_background(tmp_path):
+    labels = np.resize(np.arange(5, dtype=np.uint8), (5, 5, 5))
+    (case,) = find_cases(write_case(tmp_path / "BraTS-GLI-00001-000", NEW, labels))
+    assert np.array_equal(load_case(case)[1], regions_by_hand(labels, enhancing=3))
+
+
+CASE, ODD = "BraTS20_Training_355_", "W39_1998.09.19_Segm.nii"
+UCSF, UPENN = "UCSF-PDGM-0004_", "UPENN-GBM-00002_11_"
+
+
+@pytest.mark.parametrize("image, others, truth", [
+    (f"{CASE}t1ce.nii", [ODD], 0),    # as that one case came
+    (f"{CASE}t1ce.nii", [ODD, f"{CASE}seg.nii"], 1), (f"{CASE}t1ce.nii", [ODD, "old_Segm.nii"], None),
+    (f"{CASE}t1ce.nii", ["brain_mask_seg.nii.gz"], None), (f"{CASE}t1ce.nii", ["aparc+aseg.nii.gz"], None),
+    ("BraTS-GLI-00001-000-t1c.nii.gz", [ODD], None),
+    (f"{UCSF}T1c.nii", [f"{UCSF}brain_segmentation.nii"], None),
+    (f"{UCSF}T1c.nii", [f"{UCSF}T1c_bias.nii", f"{UCSF}tumor_segmentation.nii"], 1),
+    (f"images_structural/{UPENN}T1GD.nii", [f"automated_segm/{UPENN}segm.nii"], None),
+    (f"images_structural/{UPENN}T1GD.nii",
+     [f"automated_segm/{UPENN}segm.nii", f"images_segm/{UPENN}segm.nii"], 1)])
+def test_only_the_rows_own_suffix_is_the_truth(tmp_path, image, others, truth):
+    (case,) = find_cases(touch(tmp_path, image, *others))
+    assert case.label == (None if truth is None else tmp_path / others[truth])
+
+
+def test_the_odd_segmentation_is_not_that_of_two_cases(tmp_path):
+    touch(tmp_path, "a_t1ce.nii", "b_t1ce.nii", ODD)
+    assert [case.label for case in find_cases(tmp_path)] == [None, None]
+
+
+@pytest.mark.parametrize("names, found", [
+    (["one/a_t1ce.nii", "two/a_t1ce.nii"], ["one/a_t1ce.nii", "two/a_t1ce.nii"]),
+    (["a_t1ce.nii", "UCSF-PDGM-0004_T1c.nii"], ["BraTS 2017-2021", "UCSF"]),
+    (["BraTS-GLI-00001-000-t1c.nii", "BraTS-PED-00001-000-t1c.nii"], ["BraTS 2023", "PED"]),
+    (["a_T1ce.nii"], ["no case", "{t1,t1ce,t2,flair,seg}", "--names", "examples/phantom.py"])])
+def test_what_is_not_one_cohort_is_refused(tmp_path, names, found):
+    with pytest.raises(InputError) as error:
+        find_cases(touch(tmp_path, *names))
+    assert all(word in str(error.value) for word in (str(tmp_path), *found))
+
+
+@contextmanager
+def permissions_hold():
+    """They do not for an administrator, who is somebody else for a moment here."""
+    user = os.geteuid()
+    os.seteuid(user or 65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_what_may_not_be_read_is_said(layouts):
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        root = shutil.copytree(layouts / "brats2021", Path(folder, "cohort"))
+        case = find_cases(root)[1]
+        case.images[2].chmod(0)
+        line = f"{case.images[2]}: .*[Pp]ermission"
+        with permissions_hold(), pytest.raises(InputError, match=line) as error:
+            load_case(case)
+        assert not re.search("damaged|fetch", str(error.value))
+        case.label.parent.chmod(0)    # its case would be missing without a word
+        line = f"{case.label.parent}: .*[Pp]ermission"
+        with permissions_hold(), pytest.raises(InputError, match=line):
+            find_cases(root)
+
+
+@pytest.mark.parametrize("name, found", [("t1.nii", "nii: .*irectory"), ("t1.nii.gz", "nii.gz: .*gzip")])
+def test_lines_about_files_do_not_mislead(layouts, tmp_path, name, found):
+    root = shutil.copytree(layouts / "brats2021" / "BraTS2021_00000", tmp_path / "cohort")
+    image = nib.load(root / "BraTS2021_00000_t1.nii.gz")
+    nib.save(image, tmp_path / "plain.nii")
+    (root / "BraTS2021_00000_t1.nii.gz").unlink()
+    bad = root / f"BraTS2021_00000_{name}"
+    if name == "t1.nii":    # a folder with the file in it, as some tools unpack
+        bad.mkdir()
+        bad /= bad.name
+    (tmp_path / "plain.nii").rename(bad)    # a file that is not packed, whatever its name says
+    (case,) = find_cases(root)
+    with pytest.raises(InputError, match=found) as error:
+        load_case(case)
+    assert not re.search("damaged|fetch|[Nn]o such", str(error.value))
+
+
+# ---- what looks unsuitable, what is left out, what is bad -------------------------------------------------
+
+
+@pytest.mark.parametrize("side, sides, background, found", [
+    (130, (1, 1, 1), 160, []), (140, (1, 1, 1), 160, ["skull"]),    # 2.2 and 2.7 litres are not zero
+    (60, (0.5, 0.5, 1), 160, ["0.5x0.5x1"]), (60, (1, 1, 5), 160, ["1x1x5"]),
+    (60, (1, 1, 1), 80, ["t2"]), (130, (1, 1, 1), 0, ["t2"])])    # t2 in its background: in part, and all
+def test_what_looks_unsuitable_is_doubted(side, sides, background, found):
+    image = torch.zeros(4, 160, 160, 160)
+    image[:, :side, :side, :side] = 1
+    image[2, background:] = 1
+    doubts = data.doubts(image, np.diag([*sides, 1]))
+    assert len(doubts) == len(found) and all(word in doubt for word, doubt in zip(found, doubts))
+
+
+def test_unsuitable_cases_are_named_and_counted(layouts, network, tmp_path, command):
+    root = shutil.copytree(layouts / "brats2021", tmp_path / "cohort")
+    flair = root / "BraTS2021_00001" / "BraTS2021_00001_flair.nii.gz"
+    nib.save(nib.Nifti1Image(np.maximum(voxels(flair), 7), nib.load(flair).affine), flair)
+    for path in (root / "BraTS2021_00003").iterdir():
+        nib.save(nib.Nifti1Image(voxels(path), np.diag([-0.5, -0.5, 5, 1])), path)
+    code, lines = command(data, root)
+    background, slices = [line for line in lines if "warning" in line]
+    assert code == 0 and re.search("BraTS2021_00001.*flair", background)
+    assert re.search("BraTS2021_00003.*0.5x0.5x5", slices)
+    for arguments in ([infer, root, "--checkpoints", network, "--out", tmp_path / "out"],
+                      [train, "--data", root, "--fold", "all", "--out", tmp_path, *TINY, "--epochs", 2]):
+        (warning,) = [line for line in command(*arguments)[1] if "warning" in line]
+        assert re.search(r"\b(2|50%) ", warning) and "data.py" in warning
+
+
+def test_unlabelled_cases_are_left_out_of_training_and_said(layouts, network, tmp_path, command):
+    root = shutil.copytree(layouts / "decathlon", tmp_path / "cohort")
+    (root / "imagesTs").mkdir()
+    for i in (5, 6):
+        shutil.copy(root / "imagesTr" / "BRATS_000.nii.gz", root / "imagesTs" / f"BRATS_00{i}.nii.gz")
+    assert any("2 cases have no segmentation" in line for line in command(data, root)[1])
+    lines = command(train, "--data", root, "--fold", "all", "--out", tmp_path / "run", *TINY)[1]
+    assert any(line.startswith("2 cases") and "left out" in line for line in lines)
+    last = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert last["train_cases"] == ["BRATS_000", "BRATS_001", "BRATS_002", "BRATS_003"]
+    assert command(infer, root / "imagesTs", "--checkpoints", network, "--out", tmp_path / "out")[0] == 0
+    assert sorted(os.listdir(tmp_path / "out")) == ["BRATS_005.nii.gz", "BRATS_006.nii.gz"]
+
+
+def three_channels(path):
+    phantom.save(path, np.ones((32, 32, 32, 3), np.int16))
+
+
+@pytest.mark.parametrize("like, damage", [("upenn", Path.unlink), ("decathlon", three_channels)])
+def test_one_bad_case_does_not_stop_the_others(layouts, network, tmp_path, command, like, damage):
+    root = shutil.copytree(layouts / like, tmp_path / "cohort")
+    bad, *others = find_cases(root)
+    damage(bad.images[1])
+    for arguments in ([data, root], [infer, root, "--checkpoints", network, "--out", tmp_path / "out"]):
+        code, lines = command(*arguments)
+        (error,) = [line.strip() for line in lines if "error" in line]
+        assert code == 1 and error.startswith(f"error: {bad.images[1]}: ") and "3 of 4 cases" in lines[-1]
+    assert sorted(os.listdir(tmp_path / "out")) == [f"{case.name}.nii.gz" for case in others]
+    with pytest.raises(InputError, match=str(bad.images[1])):    # training does stop
+        command(train, "--data", root, "--fold", "all", "--out", tmp_path / "run", *TINY)
+
+
+# ---- real cases -------------------------------------------------------------------------------------------
+
+
+def lay_out(folder, like, case, i):
+    """A BraTS 2021 case as the i-th of another layout: links, but for stacked channels and the labels."""
+    name, image, suffixes, label, _ = phantom.LAYOUTS[like]
+    paths = [folder / f"{image.format(name.format(i), suffix)}.nii.gz" for suffix in suffixes]
+    label = folder / f"{label.format(name.format(i))}.nii"
+    [path.parent.mkdir(parents=True, exist_ok=True) for path in (*paths, label)]
+    if like == "decathlon":
+        stack = np.stack([voxels(case.images[modality]) for modality in (3, 0, 1, 2)], -1)
+        nib.save(nib.Nifti1Image(stack, nib.load(case.images[0]).affine), paths[0].with_suffix(""))
+    else:
+        [path.symlink_to(image) for path, image in zip(paths, case.images)]
+    stored = recoded(voxels(case.label).astype(np.uint8), *LABELS[like])
+    nib.save(nib.Nifti1Image(stored, nib.load(case.label).affine), label)
+
+
+def test_real_cases_are_the_same_in_every_layout(real_case, network, tmp_path, command):
+    cases = find_cases(real_case)[:2]
+    for i, case in enumerate(cases):
+        images, labels = np.stack([voxels(path) for path in case.images]), voxels(case.label)
+        for like in LABELS:
+            lay_out(tmp_path / like, like, case, i)
+            image, target, affine = load_case(find_cases(tmp_path / like)[i])
+            assert np.array_equal(image, images) and np.array_equal(target, regions_by_hand(labels))
+            assert np.allclose(affine, nib.load(case.images[0]).affine) and data.doubts(image, affine) == []
+    first = tmp_path / "decathlon" / "imagesTr" / "BRATS_000.nii"
+    first.with_name("BRATS_001.nii").unlink()    # one prediction will do
+    command(infer, tmp_path / "decathlon", "--checkpoints", network, "--out", tmp_path / "out")
+    written = nib.load(tmp_path / "out" / "BRATS_000.nii.gz")
+    assert np.array_equal(written.affine, nib.load(first).affine)
+    painted = regions_by_hand(np.asarray(written.dataobj), *LABELS["decathlon"])
+    truth = regions_by_hand(voxels(cases[0].label))
+    (row,) = csv.DictReader(open(tmp_path / "out.csv"))
+    for column, p, t in zip(infer.COLUMNS, painted, truth):    # Dice of ET, TC, WT
+        assert p.any() and abs(float(row[column]) - 2 * (p & t).sum() / (p.sum() + t.sum())) < 1e-6
