@@ -186,7 +186,7 @@ def tumour():
     return volume
 
 
-@pytest.mark.parametrize("order", [[1, 2, 0], [2, 1, 0], [0, 2, 1]])    # the first is MONAI's: TC, WT, ET
+@pytest.mark.parametrize("order", [[1, 2, 0], [2, 1, 0], [0, 2, 1], [1, 0, 2]])    # MONAI's: TC, WT, ET
 def test_maps_in_another_order_are_refused(tmp_path, merge, order):
     write_map(tmp_path / "a" / "case.nii.gz", tumour()[order])
     code, error = merge(tmp_path / "a")
@@ -217,7 +217,7 @@ def claim(path, shape):
 
 
 HALF = np.full((3, 4, 5, 6), 0.5)
-DAMAGES = {    # what is done, what the line must tell besides the folder
+DAMAGES = {    # what is done to a file, what the line must tell besides the file's name
     "another shape": (lambda path: write_map(path, HALF[..., :5]), "(4, 5, 5, 3)"),
     "another affine": (lambda path: write_map(path, HALF, np.diag([-1.0, -1, 1, 1])), "affine"),
     "two regions": (lambda path: write_map(path, HALF[:2]), "(4, 5, 6, 2)"),
@@ -226,11 +226,9 @@ DAMAGES = {    # what is done, what the line must tell besides the folder
     "above one": (lambda path: write_map(path, HALF + 1), "1.5"),
     "below zero": (lambda path: write_map(path, HALF - 0.75), "-0.25"),
     "not a number": (lambda path: write_map(path, np.where(np.arange(6) == 3, np.nan, HALF)), "nan"),
-    "text": (lambda path: path.write_text("not a volume"), "00001.nii.gz"),
-    "empty": (lambda path: path.write_bytes(b""), "00001.nii.gz"),
-    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-200]), "00001.nii.gz"),
-    "missing": (lambda path: path.unlink(), "00001.nii.gz"),
-    "no folder": (lambda path: shutil.rmtree(path.parent), ""),
+    "text": (lambda path: path.write_text("not a volume"), ""),
+    "empty": (lambda path: path.write_bytes(b""), ""),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-200]), ""),
 }
 
 
@@ -243,9 +241,17 @@ def test_what_cannot_be_merged_is_named(folders, tmp_path, merge, damage):
     path, (do, found) = tmp_path / "b" / "BraTS2021_00001.nii.gz", DAMAGES[damage]
     do(path)
     before = files_below(tmp_path)
-    code, error = merge(*folders[0])
-    assert code == 2 and str(path.parent) in error and found in error
+    code, error = merge(*(folders[0] if "another" in damage else [path.parent]))
+    assert code == 2 and str(path) in error and found in error
     assert files_below(tmp_path) == before
+
+
+@pytest.mark.parametrize("missing", ["a/BraTS2021_00001.nii.gz", "b/BraTS2021_00002.nii.gz", "c"])
+def test_a_case_must_be_in_every_folder(folders, tmp_path, merge, missing):
+    path = tmp_path / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    code, error = merge(*folders[0])
+    assert code == 2 and str(path) in error and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("out", ["file", "file/out", "b", "a/../c"])    # the last two are FOLDERs
