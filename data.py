@@ -108,7 +108,7 @@ def random_affine(images, targets, generator):
     """Rotation by up to 0.1 rad about each axis, scaling by 0.9 to 1.1, about the centre, drawn once a view.
 
     Paper: no ranges. Here: both views move, so 90 voxels from the centre they differ by about 13 (rms).
-    Why: within 110 voxels that is less than a cell of the 16-voxel pooling (section 3.1): cells still pair up.
+    Why: within 110 voxels that is less than a cell of the 16-voxel pooling (section 3.1): they still pair up.
     Images are sampled linearly, targets by nearest neighbour, both with zeros from outside.
     """
     u = 2 * torch.rand(len(images), 4, generator=generator, device=generator.device) - 1    # in [-1, 1)
@@ -288,9 +288,10 @@ def find_cases(root, names=None, labels=None):
                 raise InputError(f"{path}: {found[name][kind]} is there too, expected one {kind} a case")
     for name, files in sorted(found.items()):
         folder = next(iter(files.values())).parent
-        famous = list(folder.glob("[!.]*_Segm.nii*"))    # BraTS20_Training_355's
-        if "seg" not in files and naming.cohort == NAMINGS[0].cohort and len(famous) == 1:
-            files["seg"] = famous[0]
+        if "seg" not in files and naming.cohort == NAMINGS[0].cohort:
+            famous = list(folder.glob("[!.]*_Segm.nii*"))    # BraTS20_Training_355's
+            here = [case for case, those in found.items() if next(iter(those.values())).parent == folder]
+            files |= {"seg": famous[0]} if len(famous) == len(here) == 1 else {}
         ends = [template.replace("\\", "").replace("{}", name).split("/")[-1] for template in naming.images]
         wanted = [folder / f"{end}.nii.gz" for end in ends]
         images = tuple(files.get(kind, path) for kind, path in zip(MODALITIES, wanted))

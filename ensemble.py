@@ -139,6 +139,9 @@ def save_labels(path, regions, labels, like):
     try:
         nib.save(type(like)(painted, like.affine, header), part)
         os.replace(part, path)    # whole or not there
+    except OSError as error:
+        error.filename = str(path)    # a write does not say to which file
+        raise
     finally:
         part.unlink(missing_ok=True)
 
@@ -148,6 +151,8 @@ def merge(args):
     names, folders = list_cases(args.folders), [folder.resolve() for folder in args.folders]
     if len({*folders, args.out.resolve()}) <= len(folders):
         raise InputError(f"--out {args.out}: FOLDER and --out name one folder twice, expected each once")
+    if args.labels and len({*args.labels} & {*range(1, 256)}) < 3:
+        raise InputError(f"--labels {args.labels}: expected three different numbers from 1 to 255")
     args.out.mkdir(parents=True, exist_ok=True)
     for i, name in enumerate(names, 1):
         maps, first = load_maps([folder / name for folder in args.folders])
@@ -169,6 +174,8 @@ def main():
     sys.stdout.reconfigure(errors="replace")    # for a name that the log's encoding lacks
     try:
         merge(args)
+    except BrokenPipeError:    # a reader such as `head` has left
+        os._exit(141)
     except (InputError, OSError) as error:
         text = f"{error.filename or args.out}: {error.strerror}" if isinstance(error, OSError) else str(error)
         parser.exit(2, f"ensemble.py: error: {' '.join(text.split())}\n")

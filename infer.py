@@ -305,7 +305,10 @@ def predict_case(case, image, checkpoints, args):
         precision = choose_precision(settings["amp"], device)    # as its training would choose here
         with torch.autocast(device.type, dtype=precision, enabled=precision is not None):
             maps.append(predict(model, image, choose_window(image, settings["crop"]), args.flips))
-    probabilities = METHODS[args.ensemble](torch.stack(maps))    # (N, 3, D, H, W) -> (3, D, H, W)
+    maps = torch.stack(maps)    # (N, 3, D, H, W)
+    if maps.isnan().any():
+        raise InputError(f"{case.name}: a network gives NaN, expected probabilities; see its --amp")
+    probabilities = METHODS[args.ensemble](maps)    # (3, D, H, W)
     labels = regions_to_labels(probabilities > 0.5)
     path = args.out / f"{case.name}.nii.gz"
     if args.probabilities:
@@ -360,7 +363,7 @@ def parse_arguments():
     add_cohort_flags(parser)
     args = parser.parse_args()
     if [bool(args.cases), bool(args.checkpoints), bool(args.score), bool(args.truth)] not in (
-            [True, True, False, False], [False, False, True, True]):
+            [True, True, False, False], [False, False, True, True]) or args.score and args.held_out:
         parser.error("expected CASE_OR_COHORT and, after it, --checkpoints, which takes all that follows; "
                      "or --score PREDICTIONS and --truth COHORT alone")
     return args

@@ -127,7 +127,7 @@ def listed_folds(path, cases):
         entries = json.loads(path.read_text())["training"]
         fold_of = {Path(entry["label"]): int(entry["fold"]) for entry in entries}
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--fold-list {path}: {error!r}, expected a data list with folds") from None
+        raise InputError(f"--fold-list {path}: {type(error).__name__}, expected a list of folds") from None
     by_name, folds = {case.name: case for case in cases}, {fold: [] for fold in fold_of.values()}
     for label, fold in fold_of.items():
         case = by_name.pop(match(cases[0].naming, cases[0].naming.segmentation, label), None)
@@ -147,11 +147,12 @@ def divide(args):
         raise InputError(f"{missing[0]}: no such file, expected four modalities of every case to train on")
     folds = {"all": []}
     if labelled and args.fold != "all":
-        folds = dict(enumerate(split_folds(labelled, args.folds, args.seed)))
         if args.fold_list:
             folds, line = listed_folds(args.fold_list, labelled)
             lines.append(line)
             labelled = sorted(sum(folds.values(), []))
+        else:
+            folds = dict(enumerate(split_folds(labelled, args.folds, args.seed)))
     val_cases = {str(fold): those for fold, those in folds.items()}.get(args.fold)
     if val_cases is None:
         raise InputError(f"--fold {args.fold}: expected one of {', '.join(map(str, sorted(folds)))}, or all")
@@ -246,6 +247,7 @@ def log_row(epoch, lr, means, scores, seconds, cases):
 def train(args, rank, world, device):
     train_cases, val_cases, lines = divide(args)
     precision = choose_precision(args.amp, device)
+    args.out.mkdir(parents=True, exist_ok=True)
     check_room(args, precision, device, train_cases)
 
     torch.manual_seed(args.seed)
@@ -261,7 +263,6 @@ def train(args, rank, world, device):
     case_names = {name: [case.name for case in those]
                   for name, those in (("train_cases", train_cases), ("val_cases", val_cases))}
     parts = {"views": views, "optimizer": optimizer, "scaler": scaler}
-    args.out.mkdir(parents=True, exist_ok=True)
     first, best, log = resume(args.out / "last.pt", settings | case_names, parts)
     model = views
     if world > 1:

@@ -1,405 +1,449 @@
-"""The ablation that the paper lacks: does the Barlow Twins term help, does the confidence ensemble help, on held-out cases.
+"""The ablation that the paper lacks: the Barlow Twins term, and merging by confidence, against their absence.
 
-    python benchmarks/ablation.py                   # the synthetic study of RESULTS.md; hours, --jobs runs beside each other
-    python benchmarks/ablation.py --quick           # all of it in miniature, some minutes
-    python benchmarks/ablation.py --data DIR        # the same study on BraTS, at the paper's size; wants a GPU
-    python benchmarks/tables.py OUT                 # the tables again, out of the CSVs; figures.py for the plots
+    python benchmarks/ablation.py                        # phantoms of 4 mm, an easy and a hard cohort
+    python benchmarks/ablation.py --data DIR             # your cases made smaller, 4 mm; needs no GPU
+    python benchmarks/ablation.py --data DIR --scale 1   # your cases at the paper's size; wants a GPU
+    python benchmarks/ablation.py --quick                # every part in miniature, with or without --data
+    python benchmarks/tables.py OUT                      # the tables again, out of the CSVs
 
-A run is one network trained by this file's own loop over the project's functions, on one device, for a fixed number of steps, and
-judged by its last weights: nothing is selected on the cases it is tested on. Both arms of a pair start from the same weights and see the
-same crops and the same views. Writes OUT/runs/<run>.csv and OUT/models/<run>.pt as runs end; started again, it skips those. At the end
-OUT/scores.csv has a row a run and case, OUT/maps.csv one a map and region, OUT/ensembles.csv one a case, region and way to merge.
+A network takes a fixed number of train.py's steps, and its last weights are judged: nothing is selected on
+the cases it is tested on. All arms of a seed start from the same weights and see the same crops and views.
+A cohort is one case a patient, at most 100, in an order that names decide. Of every seven cases five are to
+train on, at most 60; the rest is held out. A quarter of the former, at most 10, are the few training cases:
+56 cases are 40 or 10 to train on, and 16 held out.
+
+Writes OUT/scores/<run>.csv and OUT/models/<run>.pt as runs end; started again, it skips those. At the end
+OUT/scores.csv has a row a run and case, OUT/maps.csv a row a map and region, OUT/ensembles.csv a row a case,
+region and way to merge. On a CPU, MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 in front of the
+command keeps memory from step to step, which saves time.
 """
 
 import argparse
-import csv
 import itertools
 import math
 import os
 import sys
 import time
+from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from hashlib import sha256
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
+import nibabel as nib
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
-import phantom  # noqa: E402
-import tables  # noqa: E402
-from barlow import Projector, barlow_twins_loss, cross_correlation, soft_dice_loss  # noqa: E402
-from data import (REGIONS, augment, case_generator, find_cases, labels_to_regions, load_case, normalize, random_crop,  # noqa: E402
-                  regions_to_labels, show_progress, split_folds)
-from ensemble import METHODS, confidence  # noqa: E402
-from infer import COLUMNS, choose_window, dice, move_to, predict, score, write_csv  # noqa: E402
-from segresnet import SegResNet  # noqa: E402
-from train import Crops, choose_precision, epoch_order, save_checkpoint  # noqa: E402
+import barlow
+import data
+import ensemble
+import infer
+import phantom
+import tables
+import train
+from segresnet import SegResNet
 
+# ---- what is compared --------------------------------------------------------------------------------------
 
-class Size(NamedTuple):
-    """How large the study is."""
-
-    shape: tuple        # of a synthetic case
-    crop: tuple
-    filters: int
-    pool: int           # of the projector, and its width: about ten rows a dimension, the paper's ratio
-    dim: int
-    steps: int
-    lr: float
-    few: int            # training cases; "many" are all that are not tested on, at most
-    many: int
-    test: int           # held-out cases
-    seeds: int          # of the primary comparison
-    secondary_seeds: int
-    fold_seeds: int     # five networks each
-
-
-# The paper's 240x240x155 volumes and 192x192x144 crops at a quarter of the resolution; 384 rows, twelve a dimension.
-PHANTOM = Size((60, 60, 40), (48, 48, 40), 8, 6, 32, 300, 3e-3, 10, 60, 40, 5, 3, 2)
-QUICK = Size((36, 36, 32), (32, 32, 24), 8, 4, 32, 12, 5e-3, 4, 10, 4, 2, 1, 1)
-BRATS = Size(None, (192, 192, 144), 32, 16, 128, 18_000, 1e-4, 10, 60, 40, 5, 3, 2)
-
-# Two synthetic cohorts, by the phantom's knobs
-COHORTS = {
+# Seeds: of the term and its absence; of its variants, where 0 leaves out few training cases as well; of the
+# ensemble, five networks each.
+Size = namedtuple("Size", "crop filters pool dim steps lr seeds variant_seeds fold_seeds")
+SIZES = {4: Size((48, 48, 40), 8, 6, 32, 300, 3e-3, 5, 3, 2),    # of --scale
+         2: Size((96, 96, 80), 8, 8, 128, 300, 3e-3, 3, 0, 1),
+         1: Size((192, 192, 144), 32, 16, 128, 18_000, 1e-4, 5, 3, 2)}
+QUICK = Size((24, 24, 16), 8, 4, 16, 4, 5e-3, 2, 1, 1)
+PHANTOMS = {    # cohorts, by the knobs of phantom.py
     "easy": {"NOISE": (0.01, 0.03), "BIAS": (0.03, 0.08), "P_LOOKALIKE": 0.0},
-    "hard": {"NOISE": (0.06, 0.12), "BIAS": (0.20, 0.35), "P_LOOKALIKE": 0.6},
-}
+    "hard": {"NOISE": (0.06, 0.12), "BIAS": (0.20, 0.35), "P_LOOKALIKE": 0.6}}
+
+
+def view_a_twice(images, targets, generator):
+    """`augment`, whose second view is the first once more: loss and gradient are those of one view."""
+    return tuple(views[:1].expand_as(views) for views in data.augment(images, targets, generator))
+
+
+def uncentred_correlation(z_a, z_b):
+    """Eq. 2 to the letter: z is not centred over the rows."""
+    return F.normalize(z_a, dim=0).T @ F.normalize(z_b, dim=0)
 
 
 class Arm(NamedTuple):
-    weight: float           # of the Barlow Twins term; 0: no projector
-    views: int = 2
+    """What a network is trained with."""
+
+    weight: float       # of Eq. 3
+    pool: int
+    dim: int
     lambd: float = 0.005
-    centred: bool = True    # False: Eq. 2 as printed
-    mlp: bool = True        # False: Eq. 2 on the pooled features themselves
-    pool: int = 0           # 0: the study's
-    dim: int = 0
+    mlp: bool = True    # False: Eq. 2 on the pooled features themselves
+    instead: tuple = (train, "augment", data.augment)    # module, name, and what stands there
 
 
 def arms(size):
-    """name -> Arm: the two of the primary comparison, then the secondary ones."""
-    w = 1 / size.dim
-    finer = max(size.pool * 2 // 3, 1)
+    """name -> Arm: the two of the primary comparison, then the term's variants."""
+    weight, usual = 1 / size.dim, (size.pool, size.dim)
     return {
-        "without": Arm(0.0),
-        "with": Arm(w),
-        "one view": Arm(0.0, views=1),
-        "weight 1/(4 dim)": Arm(w / 4),
-        "weight 4/dim": Arm(4 * w),
-        "weight 1": Arm(1.0),
-        "lambda 0": Arm(w, lambd=0.0),
-        "uncentred": Arm(w, centred=False),
-        "no MLP": Arm(1 / size.filters, mlp=False),
-        "finer cells": Arm(w / 4, pool=finer, dim=4 * size.dim),    # 1/dim of its own
-    }
+        "without": Arm(0, *usual),
+        "with": Arm(weight, *usual),
+        "one view": Arm(0, *usual, instead=(train, "augment", view_a_twice)),
+        "weight 1/(4 dim)": Arm(weight / 4, *usual),
+        "weight 4/dim": Arm(4 * weight, *usual),
+        "weight 1": Arm(1, *usual),
+        "lambda 0": Arm(weight, *usual, lambd=0),
+        "uncentred": Arm(weight, *usual, instead=(barlow, "cross_correlation", uncentred_correlation)),
+        "no MLP": Arm(1 / size.filters, *usual, mlp=False),
+        "finer cells": Arm(weight / 4, size.pool * 2 // 3, 4 * size.dim)}    # 1/dim of its own
 
 
 class Run(NamedTuple):
-    """One network. `fold` is -1 but for the ensemble's, which hold a fifth of `cases` out."""
+    """One network."""
 
     cohort: str
     cases: int
     arm: str
     seed: int
-    fold: int = -1
+    fold: int = -1    # which fifth of the cases it validates on; -1: none
 
     @property
     def name(self):
-        words = [self.cohort, self.cases, self.arm, f"seed {self.seed}"] + ([f"fold {self.fold}"] if self.fold >= 0 else [])
-        return "-".join(map(str, words)).replace(" ", "_").replace("/", "_over_")
+        return "_".join(map(str, self)).replace(" ", "_").replace("/", "_")    # of files
 
 
 def plan(size, cohorts):
-    """All runs, so ordered that what is done first already makes pairs."""
-    runs = []
-    hard = list(cohorts)[-1]
+    """All runs on {name: (held out, rest)}, so ordered that what is done first already makes pairs."""
+    runs, last = [], list(cohorts)[-1]    # variants and ensembles are of the last cohort
+    many = len(cohorts[last][1])
+    numbers = [min(math.ceil(many / 4), 10), many] if size.variant_seeds else [many]
     for seed in range(size.seeds):
-        runs += [Run(cohort, cases, arm, seed) for cohort in cohorts for cases in (size.few, size.many) for arm in ("without", "with")]
+        runs += [Run(*which, seed) for which in itertools.product(cohorts, numbers, ("without", "with"))]
         if seed < size.fold_seeds:
-            runs += [Run(hard, size.many, "with", seed, fold) for fold in range(5)]
-        if seed < size.secondary_seeds:
-            runs += [Run(hard, size.many, arm, seed) for arm in list(arms(size))[2:]]
+            runs += [Run(last, many, "with", seed, fold) for fold in range(5)]
+        if seed < size.variant_seeds:
+            runs += [Run(last, many, arm, seed) for arm in list(arms(size))[2:]]
     return runs
 
 
-# ---- cases ------------------------------------------------------------------------------------------------------------
+# ---- cases -------------------------------------------------------------------------------------------------
 
 
-def make_cohorts(folder, size):
-    """The synthetic cohorts as NIfTI files -> {name: folder}."""
-    for name, knobs in COHORTS.items():
-        if (folder / name).is_dir():
-            continue
-        for knob, value in knobs.items():
-            setattr(phantom, knob, value)
-        partial = folder / f".{name}.{os.getpid()}"
-        for number in range(size.many + size.test):
-            images, labels = phantom.make_case(size.shape, 0, number)
-            case = partial / f"BraTS2021_{number:05d}"
-            case.mkdir(parents=True)
-            for suffix, volume in zip((*phantom.MODALITIES, "seg"), (*images, labels)):
-                phantom.save(case / f"{case.name}_{suffix}.nii.gz", volume)
-        os.replace(partial, folder / name)
-    return {name: folder / name for name in COHORTS}
+def shuffled(cases, seed):
+    """Cases of different patients in the order in which `split_folds` deals them out."""
+    return sorted(cases, key=lambda case: sha256(f"{seed} {case.patient}".encode()).digest())
 
 
-def divide(folder, run, size):
-    """-> the cases to train on, to validate (a fold's run alone) and to test on, the last the same for every run of a cohort."""
-    order = split_folds(find_cases(folder), folds=1, seed=0)[0]
-    order = [case for fold in split_folds(order, folds=len({case.patient for case in order}), seed=0) for case in fold]    # shuffled
-    test, rest = order[: size.test], order[size.test : size.test + size.many]
+def choose_cases(cases):
+    """A cohort's cases -> those held out, the rest. Raises InputError for fewer than seven patients."""
+    first = {case.patient: case for case in reversed(cases) if case.label}    # its first time point
+    if len(first) < 7:
+        raise data.InputError(f"--data: {len(first)} patients with a segmentation, expected at least 7")
+    chosen = shuffled(first.values(), 0)[:100]
+    held_out = len(chosen) - min(len(chosen) // 7 * 5, 60)
+    return chosen[:held_out], chosen[held_out:]
+
+
+def divide(cases, run):
+    """The cases that are not held out -> to train on, to validate."""
     if run.fold >= 0:
-        val = split_folds(rest, folds=5, seed=run.seed)[run.fold]
-        return [case for case in rest if case not in val], val, test
-    mine = [case for fold in split_folds(rest, folds=len({case.patient for case in rest}), seed=run.seed + 1) for case in fold]
-    return mine[: run.cases], [], test
+        val = data.split_folds(cases, 5, run.seed)[run.fold]
+        return [case for case in cases if case not in val], val
+    return shuffled(cases, run.seed + 1)[: run.cases], []
+
+
+def make_smaller(image, target, factor):
+    """(4, D, H, W) float32 and (3, D, H, W) bool -> the same, each side divided by `factor` and rounded up.
+
+    Zeros fill a last block. An image's block is the mean of its non-zero voxels if at least half are, else 0.
+    A region's block is true where more than half of its voxels are.
+    """
+    pad = [n for side in reversed(image.shape[1:]) for n in (0, -side % factor)]
+    image, filled, share = (F.avg_pool3d(F.pad(volume.float(), pad), factor)
+                            for volume in (image, image != 0, target))
+    return torch.where(filled >= 0.5, image / filled, 0), share > 0.5
+
+
+def reduce_case(case, scale, target_folder):
+    """A case -> its smaller one, in LPS, with BraTS 2021's names and labels."""
+    image, target, affine = data.load_case(case)
+    image, target = make_smaller(image, target, scale)
+    affine[:3, :3] *= scale
+    part = target_folder.with_name(f".{case.name}")
+    part.mkdir(parents=True, exist_ok=True)
+    for kind, volume in zip((*data.MODALITIES, "seg"), (*image, data.regions_to_labels(target))):
+        nib.save(nib.Nifti1Image(volume.numpy(), affine), part / f"{case.name}_{kind}.nii.gz")
+    os.replace(part, target_folder)
+
+
+def make_phantom(number, shape, knobs, target_folder):
+    for knob, value in knobs.items():
+        setattr(phantom, knob, value)
+    part = target_folder.parent / ".part"
+    phantom.save_case(part, "brats2021", number, *phantom.make_case(shape, 0, number))
+    os.replace(part / target_folder.name, target_folder)
+
+
+def make_cohorts(args, pool):
+    """Writes what OUT/cohorts lacks. -> {name: (held out, rest)}. Raises InputError for another's OUT."""
+    root = args.out / "cohorts"
+    if args.data:
+        cases = data.find_cases(args.data, args.names, args.labels)
+        print(data.describe(cases))
+        tasks = {root / "real" / case.name: (reduce_case, case, args.scale)
+                 for case in sum(choose_cases(cases), [])}
+    else:
+        number = 14 if args.quick else 100
+        shape = (32, 32, 32) if args.quick else [side // args.scale for side in (240, 240, 160)]
+        tasks = {root / cohort / f"BraTS2021_{i:05}": (make_phantom, i, shape, knobs)
+                 for cohort, knobs in PHANTOMS.items() for i in range(number)}
+    note, study = args.out / "study.txt", f"--data {args.data} --scale {args.scale} --quick {args.quick}"
+    if note.exists() and note.read_text() != study:
+        raise data.InputError(f"--out {args.out}: holds that of {note.read_text()}, expected a new folder")
+    note.write_text(study)
+    do_all(pool, tasks, "cases")
+    folders = dict.fromkeys(path.parent for path in tasks)
+    return {folder.name: choose_cases(data.find_cases(folder)) for folder in folders}
 
 
 CONDITIONS = ("as trained", "bias field", "contrast", "noise")
 
 
 def perturb(image, condition, generator):
-    """A case as stored, (4, D, H, W), under what no training sample had; zeros stay zero. Every channel by itself.
+    """A case as stored, (4, D, H, W), under what no training sample had, each channel by itself.
 
-    bias field: times exp(0.35 s), s smooth with sd 1. contrast: a power of 4 to 5 or its inverse. noise: 2 sd of the brain's voxels.
+    bias field: times exp(0.35 s), s smooth with sd 1. contrast: a power of 4 to 5 or its inverse. noise: 2 sd
+    of the brain's voxels. Zeros stay zero.
     """
     brain = image != 0
     image = image.clone()
     for channel, inside in zip(image, brain):
         u, v = torch.rand(2, generator=generator).tolist()
         if condition == "bias field":
-            s = F.interpolate(torch.randn(1, 1, 3, 3, 3, generator=generator), channel.shape, mode="trilinear", align_corners=True)[0, 0]
+            s = torch.randn(1, 1, 3, 3, 3, generator=generator)
+            s = F.interpolate(s, channel.shape, mode="trilinear", align_corners=True)[0, 0]
             channel *= torch.exp(0.35 * s / s.std())
         elif condition == "contrast":
-            most = channel.max()
-            power = 4 + u
-            channel.copy_(most * (channel.clamp_min(0) / most) ** (power if v < 0.5 else 1 / power))
+            power = 4 + u if v < 0.5 else 1 / (4 + u)
+            channel.copy_(channel.max() * (channel.clamp_min(0) / channel.max()) ** power)
         elif condition == "noise":
             channel += 2 * channel[inside].std() * torch.randn(channel.shape, generator=generator)
     return image * brain
 
 
-# ---- one run ----------------------------------------------------------------------------------------------------------
+# ---- one network -------------------------------------------------------------------------------------------
 
 
-def redundancy_reduction(z_a, z_b, arm):
-    if arm.centred:
-        return barlow_twins_loss(z_a, z_b, arm.lambd)
-    c = F.normalize(z_a, dim=0).T @ F.normalize(z_b, dim=0)    # Eq. 2 to the letter
-    on_diagonal = c.diagonal()
-    return ((1 - on_diagonal) ** 2).sum() + arm.lambd * ((c - torch.diag(on_diagonal)) ** 2).sum()
+def choose_device():
+    """-> device, precision, autocast, as train.py would."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = infer.choose_precision("auto", device)
+    return device, precision, torch.autocast(device.type, dtype=precision, enabled=precision is not None)
 
 
-def train(run, arm, size, cases, device):
-    """The loop of train.py in short. -> network, projector or None, autocast"""
+def fit(run, size, cases, cache):
+    """`size.steps` of train.py's steps over `cases`, changed as the run's arm says. -> `train.TwoViews`"""
+    arm, (device, precision, autocast) = arms(size)[run.arm], choose_device()
     torch.manual_seed(run.seed)
-    network = move_to(device, SegResNet(filters=size.filters))
-    projector = None
-    if arm.weight:
-        projector = Projector(size.filters, arm.dim or size.dim, arm.pool or size.pool).to(device)
-        if not arm.mlp:
-            projector.mlp = nn.Identity()
-    parameters = [*network.parameters(), *(projector.parameters() if projector else [])]
-    optimizer = torch.optim.AdamW(parameters, lr=size.lr, weight_decay=1e-5)
-    precision = choose_precision("auto", device)
-    autocast = torch.autocast(device.type, dtype=precision, enabled=precision is not None)
+    network = infer.move_to(device, SegResNet(filters=size.filters))
+    views = train.TwoViews(network, barlow.Projector(size.filters, arm.dim, arm.pool)).to(device)
+    if not arm.mlp:
+        views.projector.mlp = nn.Identity()
+    optimizer = torch.optim.AdamW(views.parameters(), lr=size.lr, weight_decay=1e-5)
     scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
-
-    epochs = math.ceil(size.steps / len(cases))
-    schedule = [(epoch, case) for epoch in range(epochs) for case in epoch_order(cases, run.seed, epoch, 1)][: size.steps]
-    workers = min(8, os.cpu_count()) if device.type == "cuda" else 0
-    for step, (image, labels, views_seed, _) in enumerate(DataLoader(Crops(schedule, size.crop, run.seed), batch_size=None, num_workers=workers)):
-        for group in optimizer.param_groups:
-            group["lr"] = size.lr * 0.5 * (1 + math.cos(math.pi * step / size.steps))
-        x = image.to(device).float().expand(arm.views, -1, -1, -1, -1)
-        labels = labels.to(device).expand(arm.views, -1, -1, -1, -1)
-        x, labels = augment(x, labels, torch.Generator(device).manual_seed(views_seed))
-        p_true = labels_to_regions(labels[:, 0], cases[0].et_label)
-        with autocast:
-            features = network.features(x)
-            logits = network.decoder_end(features)
-        loss = soft_dice_loss(torch.sigmoid(logits.float()), p_true)
-        if projector is not None:
-            loss = loss + arm.weight * redundancy_reduction(projector(features[:1]), projector(features[1:]), arm)
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-    return network.eval(), projector, autocast
+    schedule = [(epoch, case) for epoch in range(math.ceil(size.steps / len(cases)))
+                for case in train.epoch_order(cases, run.seed, epoch, 1)]
+    samples = train.Crops(schedule, size.crop, run.seed, cache)
+    with patch.object(*arm.instead):
+        for step in range(size.steps):
+            image, labels, views_seed, _ = samples[step]
+            for group in optimizer.param_groups:
+                group["lr"] = train.cosine(size.lr, step, size.steps)
+            losses = train.compute_losses(views, image.to(device), labels.to(device), views_seed, arm.weight,
+                                          arm.lambd, autocast)
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(losses[0]).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    return views.eval()
 
 
 def diagonal_and_rest(c):
     """Of a correlation matrix: the mean of its diagonal and the root mean square of what is off it."""
-    on_diagonal = c.diagonal()
-    rest = c - torch.diag(on_diagonal)
-    return float(on_diagonal.mean()), float((rest**2).sum() / (c.numel() - len(c))) ** 0.5
-
-
-@torch.no_grad()
-def look_at_features(network, projector, image, target, crop, pool, generator, device):
-    """Two augmented views of a held-out crop: Eq. 2 on the pooled features and on z, and the features' effective rank over the brain.
-
-    Effective rank: exp of the entropy of the eigenvalues of the features' correlation matrix; 1 to `filters`.
-    """
-    image, target = random_crop(image, target, crop, generator)
-    x = image.to(device).expand(2, -1, -1, -1, -1)
-    x, _ = augment(x, target.to(device).expand(2, -1, -1, -1, -1), torch.Generator(device).manual_seed(1))
-    f = network.features(x).float()    # (2, C, D, H, W)
-    rows = F.avg_pool3d(f, pool).flatten(2).transpose(1, 2)    # (2, cells, C)
-    on, off = diagonal_and_rest(cross_correlation(*rows))
-    z_on = z_off = ""
-    if projector is not None:
-        z_on, z_off = diagonal_and_rest(cross_correlation(projector(f[:1]), projector(f[1:])))
-    inside = f[0][:, (x[0] != 0).any(0)]    # (C, voxels)
-    spectrum = torch.linalg.eigvalsh(torch.corrcoef(inside.double()).nan_to_num()).clamp_min(1e-12)
-    spectrum = spectrum / spectrum.sum()
-    return {"c_diagonal": on, "c_off_diagonal": off, "z_diagonal": z_on, "z_off_diagonal": z_off,
-            "effective_rank": float(torch.exp(-(spectrum * spectrum.log()).sum()))}
+    rest = c - torch.diag(c.diagonal())
+    return float(c.diagonal().mean()), float((rest**2).sum() / (c.numel() - len(c))) ** 0.5
 
 
 FEATURES = ("c_diagonal", "c_off_diagonal", "z_diagonal", "z_off_diagonal", "effective_rank")
 
 
-def do_run(run, size, folder, out, device):
-    """Trains and tests one network; its rows go to OUT/runs, its weights to OUT/models."""
-    arm, start = arms(size)[run.arm], time.monotonic()
-    train_cases, val_cases, test_cases = divide(folder, run, size)
-    network, projector, autocast = train(run, arm, size, train_cases, device)
-    seconds = time.monotonic() - start
-    rows = []
-    for condition, cases in [("validation", val_cases)] + [(condition, test_cases) for condition in CONDITIONS]:
-        for case in cases:
-            stored, target, affine = load_case(case)
-            image = normalize(perturb(stored, condition, case_generator(0, 0, f"{case.name} {condition}")))
-            with autocast:
-                probabilities = predict(network, image, choose_window(image, size.crop))
-            labels = regions_to_labels(probabilities > 0.5, case.et_label)
-            scores = score(labels, target, case.et_label, torch.tensor(affine[:3, :3]).norm(dim=0).tolist())
-            features = dict.fromkeys(FEATURES, "")
-            if condition == "as trained":
-                with autocast:
-                    features = look_at_features(network, projector, image, target, size.crop, arm.pool or size.pool,
-                                                case_generator(0, 0, case.name), device)
-            row = {**run._asdict(), "condition": condition, "case": case.name, **dict(zip(COLUMNS, scores)), **features}
-            rows.append({key: f"{value:.5g}" if isinstance(value, float) else value for key, value in row.items()})
-    save_checkpoint(out / "models" / f"{run.name}.pt", {"model": network.state_dict(), "seconds": seconds})
-    write_csv(out / "runs" / f"{run.name}.csv", rows)
-    return seconds
+@torch.no_grad()
+def look_at_features(views, image, target, crop, generator):
+    """Two views of a held-out crop -> FEATURES.
+
+    c: Eq. 2 of the pooled features. Effective rank: exp of the entropy of the eigenvalues of the features'
+    correlation over the brain, 1 to `filters`.
+    """
+    device, _, autocast = choose_device()
+    crops = data.random_crop(image, target, crop, generator)
+    pair = [volume.to(device).expand(2, -1, -1, -1, -1) for volume in crops]
+    x, _ = data.augment(*pair, torch.Generator(device).manual_seed(1))
+    with autocast:
+        f = views.network.features(x).float()    # (2, C, D, H, W)
+    rows = F.avg_pool3d(f, views.projector.pool).flatten(2).mT    # (2, cells, C)
+    inside = f[0][:, (x[0] != 0).any(0)]    # (C, voxels)
+    spectrum = torch.linalg.eigvalsh(torch.corrcoef(inside.double()).nan_to_num()).clamp_min(1e-12)
+    spectrum = spectrum / spectrum.sum()
+    return [*diagonal_and_rest(barlow.cross_correlation(*rows)),
+            *diagonal_and_rest(barlow.cross_correlation(*map(views.projector.mlp, rows))),
+            float(torch.exp(-(spectrum * spectrum.log()).sum()))]
 
 
-# ---- the ensemble -----------------------------------------------------------------------------------------------------
+def save_rows(path, rows):
+    infer.write_csv(path, [{key: f"{value:.5g}" if isinstance(value, float) else value
+                            for key, value in row.items()} for row in rows])
+
+
+def do_run(run, size, held_out, rest, out, path):
+    """Trains and tests one network: its weights to OUT/models, its rows to `path`."""
+    train_cases, val_cases = divide(rest, run)
+    views, rows = fit(run, size, train_cases, out / "cache"), []
+    tests = [("validation", case) for case in val_cases] + [*itertools.product(CONDITIONS, held_out)]
+    for condition, case in tests:
+        stored, target, affine = data.load_case(case)
+        image = perturb(stored, condition, train.case_generator(0, 0, f"{case.name} {condition}"))
+        image, features = data.normalize(image), [""] * len(FEATURES)
+        with choose_device()[2]:
+            p = infer.predict(views.network, image, infer.choose_window(image, size.crop))
+        scores = infer.score(data.regions_to_labels(p > 0.5), target, nib.affines.voxel_sizes(affine))
+        if condition == "as trained":
+            generator = train.case_generator(0, 0, case.name)
+            features = look_at_features(views, image, target, size.crop, generator)
+            if not arms(size)[run.arm].weight:
+                features[2:4] = "", ""    # nothing has trained z
+        measured = zip((*infer.COLUMNS, *FEATURES), (*scores, *features))
+        rows.append({**run._asdict(), "condition": condition, "case": case.name, **dict(measured)})
+    data.save_tensors(out / "models" / f"{run.name}.pt", views.network.state_dict())
+    save_rows(path, rows)
+
+
+# ---- the ensemble ------------------------------------------------------------------------------------------
 
 
 def weighted_ensemble(maps):
-    """Section 3.2's alternative, which the paper drops: all maps, weighted by their confidence. (N, C, D, H, W) -> (C, D, H, W)"""
-    weights = confidence(maps).nan_to_num(0.0)    # (N, C), empty maps count nothing
+    """All maps, weighted by their confidence: section 3.2 drops it. (N, C, D, H, W) -> (C, D, H, W)"""
+    weights = ensemble.confidence(maps).nan_to_num(0.0)    # (N, C), empty maps count nothing
     weights = torch.where(weights.sum(0) > 0, weights, 1.0)
     return ((weights / weights.sum(0))[..., None, None, None] * maps).sum(0)
 
 
-def do_ensembles(cohort, seed, size, folder, out, device):
-    """Merges the five folds' networks in every way, for each test case; rows to OUT/runs/ensembles-<seed>.csv and maps-<seed>.csv."""
-    runs = [Run(cohort, size.many, "with", seed, fold) for fold in range(5)]
-    models, validation = [], []
+WAYS = {"mean": ensemble.mean_ensemble, "geometric mean": ensemble.geometric_mean_ensemble,
+        "top N/2 by confidence": ensemble.confidence_ensemble, "weighted by confidence": weighted_ensemble}
+
+
+def validation_dice(run, out):
+    """The Dice of the cases that a fold held out, summed: they are as many in every fold."""
+    rows = tables.of(tables.read(out / "scores" / f"{run.name}.csv"), condition="validation")
+    return sum(float(row[column]) for row in rows for column in tables.DICE)
+
+
+def rows_of_maps(maps, target):
+    """(5, 8, 3, D, H, W), of networks and mirrorings -> a row a map and region"""
+    for model, flip, r in itertools.product(range(5), range(8), range(3)):
+        p = maps[model, flip, r]
+        yield {"model": model, "flip": flip, "region": data.REGIONS[r],
+               "dice": infer.dice(p > 0.5, target[r]),
+               "confidence": ensemble.confidence(p[None, None]).item(),
+               "voxels": int((p > 0.5).sum()), "truth": int(target[r].sum())}
+
+
+def rows_of_ensembles(maps, best, target):
+    """The same, and which network validates best -> a row a way to merge and region"""
+    for name, those in {"5 maps": maps[:, 0], "5 maps, flips averaged": maps.mean(1),
+                        "40 maps": maps.flatten(0, 1)}.items():
+        merged = {way: method(those) for way, method in WAYS.items()}
+        if len(those) == 5:
+            merged |= {"best single": those[best], **dict(zip(tables.SINGLES, those))}
+        for way, p in merged.items():
+            painted = data.labels_to_regions(data.regions_to_labels(p > 0.5))
+            for region, mask, truth in zip(data.REGIONS, painted, target):
+                yield {"maps": name, "way": way, "region": region, "dice": infer.dice(mask, truth)}
+
+
+def do_ensembles(runs, size, held_out, out, path):
+    """Merges five folds' maps of each held-out case in every way."""
+    networks, rows, map_rows = [], [], []
     for run in runs:
-        model = SegResNet(filters=size.filters)
-        model.load_state_dict(torch.load(out / "models" / f"{run.name}.pt", weights_only=True)["model"])
-        models.append(model.eval().to(device))
-        with open(out / "runs" / f"{run.name}.csv", newline="") as file:
-            held_out = [row for row in csv.DictReader(file) if row["condition"] == "validation"]
-        validation.append(sum(float(row[column]) for row in held_out for column in COLUMNS[:3]) / len(held_out) / 3)
-    best = max(range(5), key=validation.__getitem__)
-    ways = {"mean": METHODS["mean"], "geometric mean": METHODS["geometric"], "top N/2 by confidence": METHODS["confidence"],
-            "weighted by confidence": weighted_ensemble}
-    precision = choose_precision("auto", device)
+        network = SegResNet(filters=size.filters)
+        network.load_state_dict(torch.load(out / "models" / f"{run.name}.pt", weights_only=True))
+        networks.append(infer.move_to(choose_device()[0], network).eval())
+    best = max(range(5), key=lambda fold: validation_dice(runs[fold], out))
     mirrorings = [axes for k in range(4) for axes in itertools.combinations((1, 2, 3), k)]
-    map_rows, rows = [], []
-    for case in divide(folder, runs[0], size)[2]:
-        stored, target, _ = load_case(case)
-        image = normalize(stored)
-        roi = choose_window(image, size.crop)
-        with torch.autocast(device.type, dtype=precision, enabled=precision is not None):
-            all_maps = torch.stack([torch.stack([predict(model, image.flip(axes), roi).flip(axes) for axes in mirrorings])
-                                    for model in models])    # (5, 8, 3, D, H, W)
-        about = {"cohort": cohort, "seed": seed, "case": case.name}
-        for model, mirrored in enumerate(all_maps):
-            scores = confidence(mirrored)    # (8, 3)
-            for flip, r in itertools.product(range(8), range(3)):
-                region = mirrored[flip, r] > 0.5
-                map_rows.append({**about, "model": model, "flip": flip, "region": REGIONS[r], "dice": f"{dice(region, target[r]):.5g}",
-                                 "confidence": f"{float(scores[flip, r]):.5g}", "voxels": int(region.sum()), "truth": int(target[r].sum())})
-        candidates = {"5 maps": all_maps[:, 0], "5 maps, flips averaged": all_maps.mean(1), "40 maps": all_maps.flatten(0, 1)}
-        for maps_name, maps in candidates.items():
-            merged = {way: merge(maps) for way, merge in ways.items()}
-            if len(maps) == 5:
-                merged["best single"] = maps[best]
-                merged |= {f"single {i}": maps[i] for i in range(5)}
-            for way, probabilities in merged.items():
-                painted = labels_to_regions(regions_to_labels(probabilities > 0.5))
-                for r, region in enumerate(REGIONS):
-                    rows.append({**about, "maps": maps_name, "way": way, "region": region, "dice": f"{dice(painted[r], target[r]):.5g}"})
-    write_csv(out / "runs" / f"maps-{seed}.csv", map_rows)
-    write_csv(out / "runs" / f"ensembles-{seed}.csv", rows)
-    return 0.0
+    for case in held_out:
+        image, target, _ = data.load_case(case)
+        image, about = data.normalize(image), {"cohort": run.cohort, "seed": run.seed, "case": case.name}
+        roi = infer.choose_window(image, size.crop)
+        with choose_device()[2]:
+            maps = [infer.predict(network, image.flip(axes), roi).flip(axes)
+                    for network in networks for axes in mirrorings]
+        maps = torch.stack(maps).unflatten(0, (5, 8))    # (5, 8, 3, D, H, W)
+        map_rows += [about | row for row in rows_of_maps(maps, target)]
+        rows += [about | row for row in rows_of_ensembles(maps, best, target)]
+    save_rows(out / "maps" / path.name, map_rows)
+    save_rows(path, rows)
 
 
-# ---- the command ------------------------------------------------------------------------------------------------------
+# ---- the command -------------------------------------------------------------------------------------------
 
 
-def work(task):
-    """One task in a process of its own: (function, its arguments)."""
-    function, arguments = task
-    if arguments[-1].type == "cpu":
-        torch.set_num_threads(1)    # runs beside each other use cores better than threads within one
-    return function(*arguments)
+def do_all(pool, tasks, what):
+    """{path: (function, its arguments but the last, the path)}: does those whose path is not there."""
+    left, start = {path: task for path, task in tasks.items() if not path.exists()}, time.monotonic()
+    print(f"{len(tasks)} {what}, {len(left)} to do", flush=True)
+    futures = [pool.submit(*task, path) for path, task in left.items()]
+    for done, future in enumerate(as_completed(futures), 1):
+        if future.exception():
+            pool.shutdown(cancel_futures=True)
+        future.result()
+        data.show_progress(what, done, len(left), start)
 
 
-def gather(paths, target):
-    """The rows of many CSVs into one."""
-    rows = []
-    for path in paths:
-        with open(path, newline="") as file:
-            rows += csv.DictReader(file)
-    write_csv(target, rows)
+def do_study(args, pool):
+    size, cohorts, out = QUICK if args.quick else SIZES[args.scale], make_cohorts(args, pool), args.out
+    runs, merged = plan(size, cohorts), {}
+    networks = {out / "scores" / f"{run.name}.csv": (do_run, run, size, *cohorts[run.cohort], out)
+                for run in runs}
+    for seed in range(size.fold_seeds):
+        five = [run for run in runs if run.seed == seed and run.fold >= 0]
+        held_out, _ = cohorts[five[0].cohort]
+        merged[out / "ensembles" / f"{seed}.csv"] = do_ensembles, five, size, held_out, out
+    do_all(pool, networks, "networks")
+    do_all(pool, merged, "ensembles")
+    maps = [out / "maps" / path.name for path in merged]
+    for name, parts in (("scores", networks), ("maps", maps), ("ensembles", merged)):
+        infer.write_csv(out / f"{name}.csv", [row for part in parts for row in tables.read(part)])
+    tables.print_all(out)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data", type=Path, help="a BraTS cohort of at least 50 cases, trained on at the paper's size (default: synthetic)")
-    parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="runs that are finished there are not done again")
-    parser.add_argument("--quick", action="store_true", help="every part, but small, short and with few seeds")
-    parser.add_argument("--jobs", type=int, default=1 if torch.cuda.is_available() else os.cpu_count(), help="runs at a time")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--data", type=data.folder, help="a cohort of any naming that data.py reads; None: phantoms")
+    data.add_cohort_flags(parser)
+    add("--scale", type=int, choices=SIZES, default=4, help="mm a voxel; a case's sides are divided by it")
+    add("--out", type=data.folder, default=Path("runs/ablation"), help="what is done there is kept")
+    add("--quick", action="store_true", help="every part, but small, short and with few seeds")
+    add("--jobs", type=train.at_least(1), help="processes",
+        default=1 if torch.cuda.is_available() else os.cpu_count())
     args = parser.parse_args()
-    size = QUICK if args.quick else BRATS if args.data else PHANTOM
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for folder in ("runs", "models"):
-        (args.out / folder).mkdir(parents=True, exist_ok=True)
-    cohorts = {"BraTS": args.data} if args.data else make_cohorts(args.out / "cohorts", size)
-    runs, hard = plan(size, cohorts), list(cohorts)[-1]
-
-    def finish(tasks, what):
-        """Does the tasks that no file of OUT/runs says are done."""
-        open_tasks = [task for name, task in tasks.items() if not (args.out / "runs" / f"{name}.csv").exists()]
-        start = time.monotonic()
-        print(f"{len(tasks)} {what}, {len(open_tasks)} to do, {args.jobs} at a time on {device}", flush=True)
-        with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
-            for done, future in enumerate(as_completed([pool.submit(work, task) for task in open_tasks]), 1):
-                future.result()
-                show_progress(what, done, len(open_tasks), start)
-
-    finish({run.name: (do_run, (run, size, cohorts[run.cohort], args.out, device)) for run in runs}, "networks")
-    finish({f"ensembles-{seed}": (do_ensembles, (hard, seed, size, cohorts[hard], args.out, device)) for seed in range(size.fold_seeds)},
-           "ensembles")
-    gather([args.out / "runs" / f"{run.name}.csv" for run in runs], args.out / "scores.csv")
-    for name in ("maps", "ensembles"):
-        gather([args.out / "runs" / f"{name}-{seed}.csv" for seed in range(size.fold_seeds)], args.out / f"{name}.csv")
-    tables.print_all(args.out)
+    for name in ("cache", "models", "scores", "maps", "ensembles"):
+        (args.out / name).mkdir(parents=True, exist_ok=True)
+    # Of one thread each: processes beside each other use cores better than threads within one.
+    with ProcessPoolExecutor(args.jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        do_study(args, pool)
 
 
 if __name__ == "__main__":
-    main()
+    data.run_command(main)

@@ -312,7 +312,7 @@ def race(index, row, case, quick):
             os.environ.pop(name, None)
         os.environ.update(KEPT if side in ("ours", SAME) else {})
         pools[side] = ProcessPoolExecutor(1, get_context("spawn"))
-        pools[side].submit(int).result()    # starts its process, in this environment
+        pools[side].submit(int)    # its process starts, in this environment
     for turn in range(row.times + 1):
         for side, pool in pools.items():
             value, numbers = pool.submit(measure, index, side, case, quick).result()

@@ -1,29 +1,73 @@
-"""Bad input, with the real commands: one line that names the file or flag, exit code 2, no traceback, no half-written file.
+"""Bad input: one line that names file or flag, exit code 2, nothing half-written, nothing run that came in.
 
-In prediction and in the cohort check a bad case does not stop the others: it is listed at the end, and the exit code is 1.
+In prediction and in the cohort check the other cases go on: a bad one is listed at the end, exit code 1.
 """
 
 import csv
 import gzip
+import os
+import resource
+import shlex
 import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 
-from data import InputError, find_cases, split_folds
+import data
+import ensemble
+import infer
+import train
 from segresnet import SegResNet
-from train import load_last
 
-TINY = ("--epochs", 1, "--crop", 32, 32, 32, "--filters", 8, "--pool", 8, "--dim", 4, "--amp", "off")
+MODULES = {"data.py": data, "train.py": train, "infer.py": infer, "ensemble.py": ensemble}
+TINY = "--epochs 1 --crop 32 32 32 --filters 8 --pool 8 --dim 4 --amp off --workers 0".split()
 
 
-# ---- damaged cases ----------------------------------------------------------------------------------------------------
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """A command in this process, which spares the import of PyTorch -> exit code, stdout, stderr."""
+    parent, leave = os.getpid(), os._exit
+    # run_command's way out is ours to catch; a reading process must keep its own.
+    monkeypatch.setattr(os, "_exit", lambda code: sys.exit(code) if os.getpid() == parent else leave(code))
+
+    def command(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        main, code = MODULES[script].main, None
+        capsys.readouterr()
+        try:
+            code = main() if script == "ensemble.py" else data.run_command(main)
+        except SystemExit as end:
+            code = end.code
+        return code or 0, *capsys.readouterr()
+    return command
+
+
+def is_one_line(result, script, *words):
+    """The end that a user's mistake has: (exit code, stdout, stderr)."""
+    code, _, printed = result
+    lines = printed.splitlines()
+    assert code == 2 and len(lines) == 1 and len(printed) < 500, printed
+    assert lines[0].startswith(f"{script}: error: ")
+    assert all(str(word).lower() in lines[0].lower() for word in words), (words, printed)
+    return True
+
+
+def files(folder):
+    """All files below the folder, hidden ones too."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+# ---- damaged cases ----------------------------------------------------------------------------------------
 
 
 def change(edit, affine=None):
-    """Damage that a valid file has: `edit` its array, replace its affine."""
+    """Damage that a valid file has: its array edited, its affine replaced."""
     def damage(path):
         image = nib.load(path)
         array = edit(np.asarray(image.dataobj))
@@ -47,276 +91,389 @@ def unknown_type(path):
     path.write_bytes(gzip.compress(bytes(header)))
 
 
+def header_of(*shape):
+    """The bytes of a NIfTI header and of what stands before its voxels."""
+    header = nib.Nifti1Header()
+    header.set_data_dtype(np.uint8)
+    header["dim"][:4], header["magic"], header["vox_offset"] = (3, *shape), b"n+1", 352
+    return header.structarr.tobytes() + bytes(4)
+
+
+def promise(path):
+    """32767 x 32767 x 32767 voxels in a file of some hundred bytes."""
+    path.write_bytes(gzip.compress(header_of(32767, 32767, 32767) + bytes(1000)))
+
+
+def exaggerate(path):
+    """8192 x 8192 x 2 voxels, and they are there, all zero: 128 MiB in 130 kB."""
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(header_of(8192, 8192, 2) + bytes(2**27))
+
+
+def folder_instead(path):
+    path.unlink()
+    path.mkdir()
+
+
 SHIFTED = np.array([[-1.0, 0, 0, 5], [0, -1, 0, 31], [0, 0, 1, 0], [0, 0, 0, 1]])
 
-# case: (its damaged file, the damage, what its line must say was found)
+# case: its damaged file, the damage, what the line says was found
 BAD_IMAGES = {
-    "missing": ("t2", lambda path: path.unlink(), "no such file"),
+    "missing": ("t2", Path.unlink, "no such file"),
+    "folder": ("t2", folder_instead, "directory"),
     "truncated": ("t1", lambda path: path.write_bytes(path.read_bytes()[:-2000]), "cannot be read"),
     "header_only": ("t1ce", lambda path: path.write_bytes(path.read_bytes()[:100]), "cannot be read"),
     "empty": ("flair", lambda path: path.write_bytes(b""), "cannot be read"),
     "text": ("t1", lambda path: path.write_text("not an image\n"), "cannot be read"),
     "unknown_type": ("t2", unknown_type, "cannot be read"),
+    "complex": ("t2", change(lambda array: array.astype(np.complex64)), "complex64"),
     "two_axes": ("t1", change(lambda array: array[:, :, 16]), "shape (32, 32)"),
     "four_axes": ("t2", change(lambda array: np.stack([array, array], -1)), "shape (32, 32, 32, 2)"),
-    "other_shape": ("flair", change(lambda array: array[:, :, :-1]), "shape (32, 32, 31), expected (32, 32, 32)"),
+    "promise": ("t1ce", promise, "32767, 32767, 32767"),
+    "exaggerate": ("t1", exaggerate, "8192, 8192, 2"),
+    "other_shape": ("flair", change(lambda array: array[:, :, :-1]), "(32, 32, 31), expected (32, 32, 32)"),
     "other_affine": ("t1ce", change(lambda array: array, SHIFTED), "affine differs"),
     "nan": ("t2", one_voxel(np.nan, np.float32), "NaN or infinite"),
     "infinite": ("t1", one_voxel(-np.inf, np.float32), "NaN or infinite"),
-    "zeros": ("flair", change(np.zeros_like), "all voxels are zero"),
+    "zeros": ("flair", change(np.zeros_like), "zeros"),
 }
 BAD_LABELS = {
     "label_7": ("seg", one_voxel(7, np.uint8), "has label 7, expected 0, 1, 2, 4"),
-    "label_3": ("seg", one_voxel(3, np.uint8), "has label 3, expected 0, 1, 2, 4"),    # as in 2023, in a cohort named as in 2021
+    "label_3": ("seg", one_voxel(3, np.uint8), "has label 3, expected 0, 1, 2, 4"),    # 2023's in 2021's
     "label_half": ("seg", one_voxel(1.5, np.float32), "has label 1.5"),
+    "label_nan": ("seg", one_voxel(np.nan, np.float32), "has label nan"),
     "label_negative": ("seg", one_voxel(-252, np.int16), "has label -252"),    # 4, were it cut to eight bits
     "seg_truncated": ("seg", lambda path: path.write_bytes(path.read_bytes()[:-200]), "cannot be read"),
     "seg_shape": ("seg", change(lambda array: array[:-1]), "shape (31, 32, 32)"),
+    "seg_promise": ("seg", promise, "32767, 32767, 32767"),
 }
 BAD = BAD_IMAGES | BAD_LABELS
 
 
 @pytest.fixture(scope="module")
 def damaged(cohort, tmp_path_factory):
-    """A folder with one case for each damage, and two that are as they should be: `good`, and `unlabelled` without a segmentation."""
+    """A case for each damage, and two without: `good`, and `unlabelled`, which has no segmentation."""
     folder = tmp_path_factory.mktemp("damaged")
     for name in ("good", "unlabelled", *BAD):
         (folder / name).mkdir()
         for path in (cohort / "BraTS2021_00000").iterdir():
             shutil.copy(path, folder / name / path.name.replace("BraTS2021_00000", name))
-    (folder / "unlabelled" / "unlabelled_seg.nii.gz").unlink()
+    (folder / "unlabelled/unlabelled_seg.nii.gz").unlink()
     for name, (suffix, damage, _) in BAD.items():
         damage(folder / name / f"{name}_{suffix}.nii.gz")
     return folder
 
 
-def files(folder):
-    """All files below the folder, hidden ones too."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+@contextmanager
+def limit(kind, number):
+    """Fewer bytes than the machine has: RLIMIT_AS of memory, RLIMIT_FSIZE of a file, as on a full disk."""
+    before = resource.getrlimit(kind)
+    resource.setrlimit(kind, (number, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, before)
 
 
-def is_one_line(process, script, *words):
-    """The end that a user's mistake must have."""
-    assert process.returncode == 2, process.stdout + process.stderr
-    assert "Traceback" not in process.stdout + process.stderr
-    assert len(process.stderr.splitlines()) == 1, process.stderr
-    assert process.stderr.startswith(f"{script}: error: ")
-    for word in (*words, "expected"):
-        assert str(word) in process.stderr
-    return True
-
-
-def names_what_is_wrong(process, damaged, case):
-    """The one line about a bad case among others, at the end of the output."""
-    suffix, _, found = BAD[case]
-    lines = [line.strip() for line in process.stdout.splitlines()]
-    errors = [line for line in lines if line.startswith("error: ")]
-    path = damaged / case / f"{case}_{suffix}.nii.gz"
-    mine = [line for line in errors if line.startswith(f"error: {path}: ")]
-    assert len(mine) == 1 and found in mine[0] and "expected" in mine[0], errors
-    assert errors == lines[-1 - len(errors):-1], "not listed at the end"
-    return True
-
-
-# ---- data.py: a bad case does not stop the others ---------------------------------------------------------------------
+def more_memory(size):
+    """What RLIMIT_AS is when this process may take `size` bytes more than it has."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + size
 
 
 @pytest.fixture(scope="module")
 def checked(run, damaged):
-    return run("data.py", damaged)
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_cohort_check_names_each_bad_case(checked, damaged, case):
-    assert names_what_is_wrong(checked, damaged, case)
-
-
-def test_cohort_check_reports_the_others(checked, damaged):
-    assert checked.returncode == 1 and not checked.stderr and "Traceback" not in checked.stdout
-    lines = [" ".join(line.split()) for line in checked.stdout.splitlines()]
-    assert lines[-1] == f"{len(BAD)} of {len(BAD) + 2} cases cannot be used"
-    assert sum(line.startswith("error") for line in lines) == len(BAD)
-    whole = int((np.asarray(nib.load(damaged / "good" / "good_seg.nii.gz").dataobj) > 0).sum())
-    assert f"WT, voxels {whole} on average, empty in 0 of 1" in lines and "shape 32x32x32 (2)" in lines
-    assert f"segmentation {len(BAD) + 1} of {len(BAD) + 2}, not unlabelled" in lines
-
-
-# ---- infer.py: nor does it there --------------------------------------------------------------------------------------
+    with limit(resource.RLIMIT_AS, more_memory(2**31)):
+        return run("data.py", damaged, ok=1)
 
 
 @pytest.fixture(scope="module")
 def predicted(run, damaged, checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("predicted")
-    return run("infer.py", damaged, "--checkpoints", checkpoint, "--out", folder / "out", "--probabilities"), folder
+    with limit(resource.RLIMIT_AS, more_memory(2**31)):
+        return folder, run("infer.py", damaged, "--checkpoints", checkpoint, "--out", folder / "out",
+                           "--probabilities", ok=1)
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_prediction_names_each_bad_case(predicted, damaged, case):
-    assert names_what_is_wrong(predicted[0], damaged, case)
+def test_a_bad_case_among_others_is_listed_at_the_end(checked, predicted, damaged, case):
+    suffix, _, found = BAD[case]
+    for process in (checked, predicted[1]):
+        lines = process.stdout.splitlines()
+        errors = [line.strip() for line in lines if line.strip().startswith("error: ")]
+        (mine,) = [line for line in errors if f"{damaged / case / case}_{suffix}.nii.gz: " in line]
+        assert found.lower() in mine.lower() and "expected" in mine
+        assert errors == [line.strip() for line in lines[-1 - len(errors):-1]] and len(errors) == len(BAD)
 
 
-def test_prediction_does_the_others(predicted):
-    process, folder = predicted
-    assert process.returncode == 1 and not process.stderr and "Traceback" not in process.stdout
+def test_the_others_are_checked(checked, damaged):
+    assert not checked.stderr and f"2 of {len(BAD) + 2} cases can be used" in checked.stdout.splitlines()[-1]
+    whole = (np.asarray(nib.load(damaged / "good/good_seg.nii.gz").dataobj) > 0).sum()
+    assert f"WT: mean {whole:,} voxels, empty in 0 of 1" in checked.stdout and "unlabelled" in checked.stdout
+
+
+def test_the_others_are_predicted(predicted):
+    folder, process = predicted
     done = ["good", "unlabelled", *BAD_LABELS]    # a bad segmentation can be predicted, not scored
-    expected = ["out.csv", *[f"out/{name}.nii.gz" for name in done], *[f"out/probabilities/{name}.nii.gz" for name in done]]
-    assert files(folder) == sorted(expected)
+    assert not process.stderr and files(folder) == sorted(["out.csv", *(
+        f"out/{place}{name}.nii.gz" for name in done for place in ("", "probabilities/"))])
     assert [row["case"] for row in csv.DictReader(open(folder / "out.csv"))] == ["good"]
     for path in (folder / "out").rglob("*.nii.gz"):
         assert np.isfinite(nib.load(path).get_fdata()).all()    # whole files
 
 
-# ---- train.py: it stops there -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("case", BAD)
+def test_training_stops_at_a_bad_case(call, damaged, tmp_path, case):
+    suffix, _, found = BAD[case]
+    flags = ["--fold", "all", *TINY, "--workers", int(case in ("truncated", "label_7"))]    # in another process
+    with limit(resource.RLIMIT_AS, more_memory(2**30)):
+        result = call("train.py", "--data", damaged / case, "--out", tmp_path / "out", *flags)
+    path = damaged / case / f"{case}_{suffix}.nii.gz"
+    assert is_one_line(result, "train.py", path, found, "expected") and files(tmp_path) == []
 
 
-@pytest.mark.parametrize("case, workers, found", [
-    ("missing", 0, "missing_t2.nii.gz: missing"),
-    ("unlabelled", 0, "segmentation"),
-    ("truncated", 1, "truncated_t1.nii.gz: cannot be read"),    # read in another process, which must not print its own traceback
-    ("label_3", 0, "label_3_seg.nii.gz: has label 3, expected 0, 1, 2, 4"),
-])
-def test_training_stops_at_a_bad_case(run, damaged, tmp_path, case, workers, found):
-    process = run("train.py", "--data", damaged / case, "--fold", "all", "--out", tmp_path / "out", "--workers", workers, *TINY)
-    assert is_one_line(process, "train.py", damaged / case, found)
-    assert files(tmp_path) == []
-
-
-def test_training_stops_at_a_bad_validation_case(run, damaged, tmp_path):
+def test_training_stops_at_a_bad_validation_case(call, damaged, tmp_path):
+    (tmp_path / "data").mkdir()
     for name in ("good", "four_axes"):
-        (tmp_path / "data" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "data" / name).symlink_to(damaged / name)
-    held_out = [[case.name for case in fold] for fold in split_folds(find_cases(tmp_path / "data"), folds=2)].index(["four_axes"])
-    process = run("train.py", "--data", tmp_path / "data", "--folds", 2, "--fold", held_out, "--out", tmp_path / "out", "--workers", 0, *TINY)
-    assert is_one_line(process, "train.py", "four_axes_t2.nii.gz: shape (32, 32, 32, 2)")
-    assert files(tmp_path / "out") == ["last.pt"], "the epoch that came before is kept"
+    folds = data.split_folds(data.find_cases(tmp_path / "data"), 2)
+    fold = [[case.name for case in cases] for cases in folds].index(["four_axes"])
+    result = call("train.py", "--data", tmp_path / "data", "--folds", 2, "--fold", fold,
+                  "--out", tmp_path / "out", "--cache", "none", *TINY)
+    assert is_one_line(result, "train.py", "four_axes_t2.nii.gz", "shape (32, 32, 32, 2)")
+    assert not [name for name in files(tmp_path) if "part" in name]
 
 
-def test_training_without_data_says_where_it_looked_and_how_to_get_some(run, tmp_path):
-    process = run("train.py", cwd=tmp_path)
-    assert is_one_line(process, "train.py", "data/BraTS2021_Training_Data: no such folder", "BraTS2021_00000_{t1,t1ce,t2,flair,seg}.nii.gz",
-                       "https://www.synapse.org/", "python examples/phantom.py")
-    assert list(tmp_path.iterdir()) == []
+# ---- checkpoints ------------------------------------------------------------------------------------------
 
 
-def test_training_needs_a_patient_a_fold(run, cohort, tmp_path):
-    process = run("train.py", "--data", cohort, "--folds", 7, "--out", tmp_path / "out", "--workers", 0, *TINY)
-    assert is_one_line(process, "train.py", "--folds 7", "6 patients")
-    assert files(tmp_path) == []
+class Payload:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
 
 
-def test_training_refuses_the_crop_whose_16_bit_gradients_are_wrong_on_a_cpu(run, cohort, tmp_path):
-    process = run("train.py", "--data", cohort, "--fold", "all", "--out", tmp_path / "out", "--workers", 0, *TINY, "--amp", "bf16", "--crop", 16, 32, 32)
-    assert is_one_line(process, "train.py", "--crop 16 32 32", "at least 24", "--amp off")
-    assert files(tmp_path) == []
+@pytest.mark.parametrize("packed", ["alone", "in a checkpoint"])
+def test_a_payload_in_a_checkpoint_does_not_run(call, cohort, checkpoint, tmp_path, packed):
+    payload = Payload(tmp_path / "ran")
+    for name in ("best.pt", "last.pt"):
+        content = torch.load(checkpoint.with_name(name)) | {"more": payload}
+        torch.save(payload if packed == "alone" else content, tmp_path / name)
+    torch.load(tmp_path / "best.pt", weights_only=False)
+    (tmp_path / "ran").unlink()    # so it would have run
+    result = call("infer.py", cohort, "--checkpoints", tmp_path / "best.pt", "--out", tmp_path / "out")
+    assert is_one_line(result, "infer.py", tmp_path / "best.pt", "expected")
+    result = call("train.py", "--data", cohort, "--folds", 2, "--out", tmp_path, "--cache", "none", *TINY)
+    assert is_one_line(result, "train.py", tmp_path / "last.pt", "expected")
+    assert files(tmp_path) == ["best.pt", "last.pt"]
 
 
-def test_training_does_not_go_on_from_a_text_file(tmp_path):
-    (tmp_path / "last.pt").write_text("not a checkpoint\n")
-    with pytest.raises(InputError, match=r"last\.pt: not a checkpoint of train\.py's .*expected"):
-        load_last(tmp_path / "last.pt", {}, None, None, None)
-
-
-def test_training_does_not_go_on_from_best_pt(run, cohort, checkpoint, tmp_path):
-    # It is of the same run, but holds the network alone: no optimizer, no log.
-    shutil.copy(checkpoint, tmp_path / "last.pt")
-    process = run("train.py", "--data", cohort, "--folds", 2, "--out", tmp_path, "--workers", 0, *TINY)
-    assert is_one_line(process, "train.py", f"{tmp_path / 'last.pt'}: not a checkpoint")
-    assert files(tmp_path) == ["last.pt"] and (tmp_path / "last.pt").read_bytes() == checkpoint.read_bytes()
-
-
-# ---- infer.py: the call itself is wrong -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("what", ["text", "of another shape", "of other channels"])
-def test_prediction_needs_a_checkpoint(run, cohort, checkpoint, tmp_path, what):
+@pytest.mark.parametrize("edit", [
+    lambda content: "not a checkpoint",
+    lambda content: content["model"],
+    lambda content: content | {"model": SegResNet(filters=16).state_dict()},    # its settings still say 8
+    lambda content: content | {"model": SegResNet(in_channels=1, filters=8).state_dict()},
+    lambda content: content | {"settings": content["settings"] | {"filters": 10**9}},
+    lambda content: content | {"settings": content["settings"] | {"norm": "none"}},
+], ids=["text", "weights alone", "other filters", "other channels", "too many filters", "another norm"])
+def test_another_checkpoint_is_refused(call, cohort, checkpoint, tmp_path, edit):
     path = tmp_path / "best.pt"
-    saved = torch.load(checkpoint, weights_only=True)
-    if what == "text":
-        path.write_text("not a checkpoint\n")
-    else:    # its settings still say 8 filters
-        other = SegResNet(filters=16) if what == "of another shape" else SegResNet(in_channels=1, filters=8)
-        torch.save(saved | {"model": other.state_dict()}, path)
-    # A good one first: the line must name the other.
-    process = run("infer.py", cohort, "--checkpoints", checkpoint, path, "--out", tmp_path / "out")
-    assert is_one_line(process, "infer.py", f"--checkpoints {path}: ", "4 channels and 3 regions")
+    torch.save(edit(torch.load(checkpoint)), path)
+    result = call("infer.py", cohort, "--checkpoints", checkpoint, path, "--out", tmp_path / "out")
+    assert is_one_line(result, "infer.py", f"--checkpoints {path}", "expected", "4 channels and 3 regions")
     assert files(tmp_path) == ["best.pt"]
 
 
-def test_prediction_needs_cases(run, checkpoint, tmp_path):
-    (tmp_path / "nothing").mkdir()
-    process = run("infer.py", tmp_path / "nothing", "--checkpoints", checkpoint, "--out", tmp_path / "out")
-    assert is_one_line(process, "infer.py", f"{tmp_path / 'nothing'}: no case found")
+def test_a_network_that_gives_nan_is_an_error_of_its_cases(call, cohort, checkpoint, tmp_path):
+    content = torch.load(checkpoint)
+    content["model"] = {name: weight * 1e36 for name, weight in content["model"].items()}    # still finite
+    path, out = tmp_path / "best.pt", tmp_path / "out"
+    torch.save(content, path)
+    code, printed, error = call("infer.py", cohort, "--checkpoints", path, "--out", out)
+    assert code == 1 and not error and printed.count("error: ") == 6 and "BraTS2021_00005" in printed
+    assert files(tmp_path) == ["best.pt"]
+
+
+@pytest.mark.parametrize("name", ["a text", "best.pt"])    # best.pt has no optimizer and no log
+def test_training_does_not_go_on_from_another_file(call, cohort, checkpoint, tmp_path, name):
+    last, content = tmp_path / "last.pt", checkpoint.read_bytes() if name == "best.pt" else b"a text"
+    last.write_bytes(content)
+    result = call("train.py", "--data", cohort, "--folds", 2, "--out", tmp_path, "--cache", "none", *TINY)
+    assert is_one_line(result, "train.py", last, "not a checkpoint", "expected")
+    assert files(tmp_path) == ["last.pt"] and last.read_bytes() == content
+
+
+# ---- mistakes in the call ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def places(cohort, checkpoint, tmp_path_factory):
+    """What the calls below name in braces."""
+    folder, first = tmp_path_factory.mktemp("places"), cohort / "BraTS2021_00000"
+    for name in ("empty", "maps"):
+        (folder / name).mkdir()
+    for name in ("copy", "bare"):
+        shutil.copytree(first, folder / name)
+    (folder / "bare/BraTS2021_00000_seg.nii.gz").unlink()
+    nib.save(nib.Nifti1Image(np.ones((8, 8, 8, 3), np.float32), np.eye(4)), folder / "maps/map.nii.gz")
+    return {path.name: path for path in folder.iterdir()} | {
+        "cohort": cohort, "file": first / "BraTS2021_00000_t1.nii.gz", "best": checkpoint,
+        "run": checkpoint.parent, "log": checkpoint.with_name("log.csv"),
+        "seen": cohort / torch.load(checkpoint)["train_cases"][0]}
+
+
+@pytest.mark.parametrize("line, found", [
+    ("data.py", "DIR"),
+    ("data.py {cohort} {cohort}", "unrecognized arguments"),
+    ("train.py --crop 32 32", "--crop: expected 3 arguments"),
+    ("train.py --folds 0", "--folds: 0"),
+    ("train.py --seed 18446744073709551616", "--seed: 18446744073709551616"),
+    ("train.py --lr nan", "--lr: nan"),
+    ("train.py --labels 1 2", "--labels: expected 3 arguments"),
+    ("infer.py {cohort}", "--checkpoints"),
+    ("infer.py --checkpoints {best} {cohort}", "CASE_OR_COHORT and, after it, --checkpoints"),
+    ("infer.py {cohort} --checkpoints {best} --ensemble max", "--ensemble: invalid choice: 'max'"),
+    ("infer.py --score {run}", "--truth"),
+    ("infer.py --truth {cohort}", "--score"),
+    ("infer.py --score {run} --truth {cohort} --checkpoints {best}", "alone"),
+    ("infer.py --score {run} --truth {cohort} --held-out", "--score"),
+    ("ensemble.py {maps}", "--out"),
+    ("ensemble.py --out out", "FOLDER"),
+])
+def test_what_argparse_refuses(call, places, tmp_path, monkeypatch, line, found):
+    monkeypatch.chdir(tmp_path)
+    script, *arguments = line.format(**places).split()
+    code, printed, error = call(script, *arguments)
+    assert code == 2 and not printed and error.startswith(f"usage: {script}")
+    assert error.splitlines()[-1].startswith(f"{script}: error: ") and found in error.splitlines()[-1]
     assert files(tmp_path) == []
 
 
-# ---- ensemble.py ------------------------------------------------------------------------------------------------------
-
-
-def write_maps(folder, names=("a", "b"), shape=(8, 8, 8, 3)):
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for name in names:
-        nib.save(nib.Nifti1Image(rng.random(shape, np.float32), SHIFTED), folder / f"{name}.nii.gz")
-    return folder
-
-
-@pytest.mark.parametrize("damage, found", [
-    (lambda two: write_maps(two, shape=(8, 8, 9, 3)), "a.nii.gz: shape (8, 8, 9, 3)"),
-    (lambda two: write_maps(two, names=("a",)), "b.nii.gz: missing"),
-], ids=["other shape", "case missing"])
-def test_merging_needs_the_same_cases_and_shapes_in_every_folder(run, tmp_path, damage, found):
-    write_maps(tmp_path / "one")
-    damage(tmp_path / "two")
-    process = run("ensemble.py", "--out", tmp_path / "out", tmp_path / "one", tmp_path / "two")
-    assert is_one_line(process, "ensemble.py", tmp_path / "two", found)
-    assert not (tmp_path / "out").exists() or files(tmp_path / "out") == []
-
-
-# ---- the call itself, any command -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("script, arguments, found", [
-    ("train.py", ["--crop", 32, 32], "argument --crop: expected 3 arguments"),
-    ("train.py", ["--folds", 0], "--folds 0: expected at least 1"),
-    ("train.py", ["--seed", 2**64], f"--seed {2**64}: expected less"),
-    ("infer.py", ["COHORT", "--checkpoints", "BEST", "--ensemble", "max"], "argument --ensemble: invalid choice: 'max'"),
-    ("infer.py", ["--checkpoints", "BEST", "COHORT"], "expected CASE_OR_COHORT and, after it, --checkpoints"),
-    ("infer.py", ["COHORT", "--checkpoints", "BEST", "BEST"], "--checkpoints: one is given twice"),
-    ("infer.py", ["COHORT", "--checkpoints", "RUN"], "a folder, expected the file best.pt"),
-    ("infer.py", ["--score", "RUN"], "--truth COHORT is missing, expected both"),
-    ("infer.py", ["--score", "RUN", "--truth", "COHORT", "--checkpoints", "BEST"], "expected neither CASE_OR_COHORT nor --checkpoints"),
-    ("data.py", ["BEST"], "best.pt: a file, expected folders"),
-    ("data.py", [], "the following arguments are required: DIR"),
-    ("ensemble.py", ["COHORT"], "the following arguments are required: --out"),
+@pytest.mark.parametrize("line, found", [
+    ("data.py {file}", "{file}: Not a directory, expected a folder"),
+    ("data.py {empty}", "{empty}: no case, expected <case>_"),
+    ("data.py {cohort} --names _t1", "--names _t1: expected five"),
+    ("data.py {cohort} --labels 1 2 2", "--labels"),
+    ("train.py", "data/BraTS2021_Training_Data: No such file or directory, expected"),
+    ("train.py --data {file}", "{file}: Not a directory"),
+    ("train.py --data {empty}", "{empty}: no case"),
+    ("train.py --data {bare} --fold all", "{bare}: no segmented case"),
+    ("train.py --data {cohort} --fold 7", "--fold 7: expected"),
+    ("train.py --data {cohort} --fold first", "--fold first: expected"),
+    ("train.py --data {cohort} --folds 7", "--folds 7: there are 6 patients"),
+    ("train.py --data {cohort} --fold-list {file}", "--fold-list {file}"),
+    ("train.py --data {cohort} --fold-list nothing.json", "nothing.json: No such file"),
+    ("train.py --data {cohort} --crop 30 32 32", "--crop 30 32 32: expected multiples of 8"),
+    ("train.py --data {cohort} --crop 16 32 32 --amp bf16", "--crop 16 32 32"),
+    ("train.py --data {cohort} --pool 32", "--pool"),
+    ("train.py --data {cohort} --norm group --filters 4", "--filters 4"),
+    ("train.py --data {cohort} --cache {file}", "{file}: File exists"),
+    ("infer.py {empty} --checkpoints {best}", "{empty}: no case"),
+    ("infer.py {file} --checkpoints {best}", "{file}: Not a directory"),
+    ("infer.py {cohort} {copy} --checkpoints {best}", "{copy}/BraTS2021_00000_t1.nii.gz"),
+    ("infer.py {cohort} --checkpoints {run}", "--checkpoints {run}: cannot be loaded (Is a directory)"),
+    ("infer.py {cohort} --checkpoints nothing.pt", "--checkpoints nothing.pt: cannot be loaded (No such"),
+    ("infer.py {cohort} --checkpoints {log}", "--checkpoints {log}"),
+    ("infer.py {cohort} --checkpoints {best} {run}/./best.pt", "--checkpoints: one is given twice"),
+    ("infer.py {seen} --checkpoints {best} --held-out", "--held-out: no case"),
+    ("infer.py --score {run} --truth {bare}", "{bare}: no case has a segmentation"),
+    ("ensemble.py --out out {maps} {maps}", "one folder twice"),
+    ("ensemble.py --out out {copy}", "shape (32, 32, 32), expected (X, Y, Z, 3)"),
+    ("ensemble.py --out out {maps} --labels 1 2 300", "--labels"),
+    ("ensemble.py --out out {maps} --labels 1 1 1", "--labels"),
 ])
-def test_a_mistake_in_the_call_is_one_line(run, cohort, checkpoint, tmp_path, script, arguments, found):
-    paths = {"COHORT": cohort, "BEST": checkpoint, "RUN": checkpoint.parent}
-    process = run(script, *[paths.get(argument, argument) for argument in arguments], cwd=tmp_path)
-    assert process.returncode == 2 and not process.stdout and files(tmp_path) == []
-    (line,) = process.stderr.splitlines()
-    assert line.startswith(f"{script}: error: ") and found in line
+def test_a_mistake_in_the_call_is_one_line(call, places, tmp_path, monkeypatch, line, found):
+    monkeypatch.chdir(tmp_path)
+    script, *arguments = shlex.split(line.format(**places))
+    usual = {"train.py": ["--out", "out", *TINY], "infer.py": ["--out", "out"]}.get(script, [])
+    assert is_one_line(call(script, *usual, *arguments), script, found.format(**places))
+    assert files(tmp_path) == []
 
 
-def test_a_network_that_does_not_fit_into_memory_is_one_line(run, cohort, tmp_path):
-    # Its first block alone is a terabyte, which no CPU gives; the GPU's own exception is tested in test_interrupted.py.
-    process = run("train.py", "--data", cohort, "--fold", "all", "--out", tmp_path / "out", "--workers", 0, *TINY, "--filters", 100_000)
-    assert is_one_line(process, "train.py", "--filters 100000 does not fit into the memory of cpu")
+# ---- where results go -------------------------------------------------------------------------------------
 
 
-# ---- every command that writes ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("line", ["train.py --data {cohort}", "infer.py {cohort} --checkpoints {best}"])
+@pytest.mark.parametrize("out", ["{tmp}/file/out", "{tmp}/file", "/proc/self/out"])
+def test_a_folder_that_cannot_be_written_is_one_line(call, places, tmp_path, line, out):
+    """/proc is read-only to everybody; permissions would not stop an administrator."""
+    (tmp_path / "file").write_text("in the way\n")
+    script, *arguments = line.format(**places).split()
+    out = out.format(tmp=tmp_path)
+    result = call(script, "--out", out, *TINY * (script == "train.py"), *arguments)
+    assert is_one_line(result, script, out) and not result[1], "found out after the work"
+    assert files(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "in the way\n"
 
 
-@pytest.mark.parametrize("script", ["train.py", "infer.py", "ensemble.py"])
-def test_an_output_folder_that_cannot_be_written(run, cohort, checkpoint, tmp_path, script):
-    (tmp_path / "file").write_text("in the way\n")    # of a folder: permissions would not stop an administrator
-    out = tmp_path / "file" / "out"
-    arguments = {
-        "train.py": ["--data", cohort, "--folds", 2, "--workers", 0, *TINY],
-        "infer.py": [cohort, "--checkpoints", checkpoint],
-        "ensemble.py": [tmp_path / "maps"],
-    }[script]
-    write_maps(tmp_path / "maps")
-    process = run(script, *arguments, "--out", out)
-    assert is_one_line(process, script, out if script == "ensemble.py" else f"--out {out}")
-    assert not process.stdout, "found out after the work"
-    assert files(tmp_path) == ["file", "maps/a.nii.gz", "maps/b.nii.gz"] and (tmp_path / "file").read_text() == "in the way\n"
+@pytest.mark.parametrize("line, size, named", [
+    ("{cohort} --checkpoints {best} --probabilities", 20_000, "out/probabilities/BraTS2021_00000.nii.gz"),
+    ("{cohort} --checkpoints {best}", 100, "out/BraTS2021_00000.nii.gz"),
+    ("--score {scored} --truth {copy}", 20, "scored.csv"),
+])
+def test_a_full_disk_leaves_nothing_torn(call, places, tmp_path, monkeypatch, line, size, named):
+    monkeypatch.setattr(infer, "free_shared_memory", lambda: 0)    # shared memory is a file, too
+    scored = tmp_path / "scored"
+    scored.mkdir()
+    shutil.copy(places["copy"] / "BraTS2021_00000_seg.nii.gz", scored / "BraTS2021_00000.nii.gz")
+    with limit(resource.RLIMIT_FSIZE, size):
+        result = call("infer.py", "--out", tmp_path / "out", *line.format(scored=scored, **places).split())
+    assert is_one_line(result, "infer.py", tmp_path / named, "File too large")
+    assert files(tmp_path) == ["scored/BraTS2021_00000.nii.gz"]
+
+
+def test_a_cases_name_does_not_lead_out_of_the_folder(call, cohort, checkpoint, tmp_path):
+    folder = tmp_path / "cohort/..odd../%2e%2e"
+    folder.mkdir(parents=True)
+    for path in (cohort / "BraTS2021_00000").iterdir():
+        shutil.copy(path, folder / path.name.replace("BraTS2021_00000", "a..b -rf $(x)"))
+    out = tmp_path / "results/out"
+    assert call("infer.py", tmp_path / "cohort", "--checkpoints", checkpoint, "--out", out)[0] == 0
+    assert files(tmp_path / "results") == ["out.csv", "out/a..b -rf $(x).nii.gz"]
+
+
+# ---- habits of the shell ----------------------------------------------------------------------------------
+
+
+def test_a_flag_with_a_home_folder_goes_there(call, cohort, places, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))    # the shell expands ~/folder, but not --flag=~/folder
+    assert call("ensemble.py", "--out=~/merged", places["maps"])[0] == 0
+    assert files(tmp_path) == ["merged/map.nii.gz"]
+    (tmp_path / "truth").symlink_to(cohort / "BraTS2021_00000")
+    shutil.copy(tmp_path / "truth/BraTS2021_00000_seg.nii.gz", tmp_path / "merged/BraTS2021_00000.nii.gz")
+    assert call("infer.py", "--score=~/merged", "--truth=~/truth")[0] == 0 and "merged.csv" in files(tmp_path)
+    assert is_one_line(call("train.py", "--data=~/none", "--out=~/out", *TINY), "train.py", tmp_path / "none")
+
+
+def start(command, stdout=subprocess.PIPE, **environment):
+    """A command with its output into `stdout`, as a shell starts it."""
+    script, *arguments = command
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run([sys.executable, Path(data.__file__).with_name(script), *arguments], stdout=stdout,
+                          stderr=subprocess.PIPE, env=environment, encoding="utf-8", timeout=100)
+
+
+@pytest.mark.parametrize("line", ["data.py {cohort}", "infer.py --help", "ensemble.py --out {out} {maps}"])
+def test_a_pipe_that_closes_early_ends_a_command_quietly(places, tmp_path, line):
+    reader, writer = os.pipe()
+    os.close(reader)    # as `| head -1` does, but surely before the first line
+    process = start(line.format(out=tmp_path, **places).split(), stdout=writer)
+    os.close(writer)
+    assert process.stderr == ""
+
+
+def test_a_log_on_a_full_disk_is_one_line(places):
+    with open("/dev/full", "w") as full:
+        process = start(["data.py", places["cohort"]], stdout=full)
+    assert is_one_line((process.returncode, "", process.stderr), "data.py", "No space left")
+    assert "None" not in process.stderr
+
+
+def test_a_log_that_is_not_utf8_gets_the_table(cohort, tmp_path):
+    first = cohort / "BraTS2021_00000"
+    (tmp_path / "out").mkdir()
+    shutil.copy(first / "BraTS2021_00000_seg.nii.gz", tmp_path / "out/BraTS2021_00000.nii.gz")
+    process = start(["infer.py", "--score", tmp_path / "out", "--truth", first], LC_ALL="C", PYTHONUTF8="0")
+    assert not process.stderr and "mean      1.0000 ? 0.000" in process.stdout

@@ -222,17 +222,14 @@ def turned(image, orientation):
 
 
 @pytest.fixture(scope="module")
-def cohorts(run, cohort, tmp_path_factory):
-    """`cohort`, and its first case under other cohorts' names and labels, and in other orientations."""
-    folder, first = tmp_path_factory.mktemp("cohorts"), find_cases(cohort)[0]
-    for like in ("brats2023", "decathlon"):
-        run("examples/phantom.py", folder / like, "--like", like, "--cases", 1, "--shape", 32, 32, 32, ok=0)
-    (folder / "turned").mkdir()
+def cohorts(cohort, tmp_path_factory):
+    """`cohort`, and its first case in other orientations."""
+    folder, first = tmp_path_factory.mktemp("turned"), find_cases(cohort)[0]
     for codes in ("RAS", "SPL", "AIR"):
         for path in (*first.images, first.label):
-            name = path.name.replace(first.name, codes)
-            nib.save(turned(nib.load(path), nib.orientations.axcodes2ornt(codes)), folder / "turned" / name)
-    return [cohort, folder / "brats2023", folder / "decathlon", folder / "turned"]
+            image = turned(nib.load(path), nib.orientations.axcodes2ornt(codes))
+            nib.save(image, folder / path.name.replace(first.name, codes))
+    return [cohort, folder]
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +237,7 @@ def predicted(run, cohorts, networks, tmp_path_factory):
     """The folder of one call's predictions, maps and table, for all `cohorts` by the first network."""
     out = tmp_path_factory.mktemp("predicted") / "out"
     done = run("infer.py", *cohorts, "--checkpoints", networks[0], "--out", out, "--probabilities", ok=0)
-    assert "3 cases were trained on" in done.stdout and "11 of 11 cases done" in done.stdout
+    assert "3 cases were trained on" in done.stdout and "9 of 9 cases done" in done.stdout
     return out
 
 
@@ -266,20 +263,14 @@ def test_the_command_writes_what_predict_and_score_give(predicted, cohort, netwo
         assert scores == pytest.approx(score(labels, target, (1, 1, 1)), rel=1e-5)
 
 
-@pytest.mark.parametrize("name, codes, labels", [
-    ("RAS", "RAS", (1, 2, 4)), ("SPL", "SPL", (1, 2, 4)), ("AIR", "AIR", (1, 2, 4)),
-    ("BraTS-GLI-00000-000", "LPS", (1, 2, 3)), ("BRATS_000", "LPS", (2, 1, 3)),
-])
-def test_predictions_are_in_the_cases_orientation_and_labels(predicted, cohorts, name, codes, labels):
-    first = read(predicted / "BraTS2021_00000.nii.gz")
-    case = next(case for root in cohorts for case in find_cases(root) if case.name == name)
-    like, written = nib.load(case.images[0]), nib.load(predicted / f"{name}.nii.gz")
+@pytest.mark.parametrize("codes", ["RAS", "SPL", "AIR"])
+def test_predictions_are_in_the_cases_orientation(predicted, cohorts, codes):
+    written, like = nib.load(predicted / f"{codes}.nii.gz"), nib.load(cohorts[1] / f"{codes}_t1.nii.gz")
     assert written.get_data_dtype() == np.uint8 and written.header["xyzt_units"] == like.header["xyzt_units"]
     assert np.array_equal(written.affine, like.affine) and nib.aff2axcodes(written.affine) == tuple(codes)
-    expected = np.select([first == 1, first == 2, first == 4], labels, 0)
-    assert np.array_equal(turned(written, LPS).dataobj, expected)
+    assert np.array_equal(turned(written, LPS).dataobj, read(predicted / "BraTS2021_00000.nii.gz"))
     rows = read_rows(predicted.with_name("out.csv"))
-    assert rows[name] | {"case": ""} == rows["BraTS2021_00000"] | {"case": ""}
+    assert rows[codes] | {"case": ""} == rows["BraTS2021_00000"] | {"case": ""}
 
 
 def test_two_ranks_share_the_cases_and_give_the_same_table(run, predicted, cohorts, networks, tmp_path):

@@ -68,7 +68,9 @@ def ended(out, started):
 
 
 def wait_for(path):
+    deadline = time.monotonic() + 300
     while not path.exists():
+        assert time.monotonic() < deadline, path
         time.sleep(0.01)
 
 
@@ -302,7 +304,7 @@ def test_a_slurm_job_queues_again_until_it_is_finished(cohort, tmp_path):
                    "SLURM_JOB_NODELIST": "here", "SLURM_JOB_END_TIME": str(int(time.time()) + 8 * 3600)}
     script = ["bash", REPO / "examples" / "slurm.sh", "--data", cohort, *map(str, SMALL), "--workers", "0"]
     jobs = [subprocess.run(script, cwd=tmp_path, env={**environment, "FAILS": fails}, capture_output=True,
-                           text=True) for fails in ("", "it saves nothing", "")]
+                           text=True, timeout=300) for fails in ("", "it saves nothing", "")]
     assert [job.returncode for job in jobs] == [0, 1, 0] and "nothing was saved" in jobs[1].stderr, jobs
     assert ["requeued 42" in job.stdout for job in jobs] == [True, False, False]
     assert "epochs 2 to 3" in jobs[2].stdout and "finished: runs/slurm-42" in jobs[2].stdout
