@@ -1,6 +1,7 @@
 """The ablation: what its arms change, who is held out, cases made smaller, and all of it in miniature."""
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -140,4 +141,6 @@ def test_the_whole_study_in_miniature(run, seven, tmp_path):
     assert found == pytest.approx(infer.score(labels, truth, (4, 4, 4)), rel=1e-3)
     assert run(*study, ok=0).stdout.count(" 0 to do") == 3
     assert (tmp_path / "scores.csv").read_bytes() == scores
-    assert "--scale 4" in run(*study, "--scale", 2, ok=2).stderr
+    other = Namespace(data=seven, names=None, labels=None, scale=2, quick=True, out=tmp_path)
+    with pytest.raises(data.InputError, match="--scale 4"):
+        ablation.make_cohorts(other, None)
