@@ -247,9 +247,12 @@ def damage_checkpoint(rng, content, folder):
     (folder / "whole.pt").write_bytes(content)
     loaded = torch.load(folder / "whole.pt", weights_only=True)
     weights = loaded["model"]["init_conv.weight"]
-    where = rng.choice((loaded, loaded["settings"], loaded["model"], loaded["optimizer"]))
-    where[rng.choice(list(where))] = rng.choice((
-        *THINGS, hostile, weights.half(), weights[:1], weights * np.nan, torch.zeros(1).expand(2**20, 2**12)))
+    if way < 0.7:
+        others = weights.half(), weights[:1], weights * np.nan, torch.zeros(1).expand(2**20, 2**12), 3, None
+        loaded["model"][rng.choice(list(loaded["model"]))] = rng.choice(others)
+    else:
+        where = rng.choice((loaded, loaded["settings"], loaded["optimizer"]))
+        where[rng.choice(list(where))] = rng.choice((*THINGS, hostile))
     torch.save(loaded, folder / "whole.pt")
     return (folder / "whole.pt").read_bytes()
 
