@@ -126,7 +126,7 @@ def listed_folds(path, cases):
     try:
         entries = json.loads(path.read_text())["training"]
         fold_of = {Path(entry["label"]): int(entry["fold"]) for entry in entries}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise InputError(f"--fold-list {path}: {type(error).__name__}, expected a list of folds") from None
     by_name, folds = {case.name: case for case in cases}, {fold: [] for fold in fold_of.values()}
     for label, fold in fold_of.items():
