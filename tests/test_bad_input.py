@@ -224,11 +224,15 @@ def test_the_others_are_predicted(predicted):
 @pytest.mark.parametrize("case", BAD)
 def test_training_stops_at_a_bad_case(call, damaged, tmp_path, case):
     suffix, _, found = BAD[case]
-    flags = ["--fold", "all", *TINY, "--workers", int(case in ("truncated", "label_7"))]    # in another process
     with limit(resource.RLIMIT_AS, more_memory(2**30)):
-        result = call("train.py", "--data", damaged / case, "--out", tmp_path / "out", *flags)
+        result = call("train.py", "--data", damaged / case, "--fold", "all", "--out", tmp_path / "out", *TINY)
     path = damaged / case / f"{case}_{suffix}.nii.gz"
     assert is_one_line(result, "train.py", path, found, "expected") and files(tmp_path) == []
+
+
+def test_a_reading_process_hands_the_error_over(damaged):    # raised there, it would print a traceback
+    error = train.Crops([(0, case) for case in data.find_cases(damaged / "truncated")], (32, 32, 32), 0)[0]
+    assert isinstance(error, data.InputError) and "truncated_t1.nii.gz: cannot be read" in str(error)
 
 
 def test_training_stops_at_a_bad_validation_case(call, damaged, tmp_path):
