@@ -263,7 +263,7 @@ def test_a_place_that_cannot_be_written_is_named(folders, tmp_path, merge, out):
     assert files_below(tmp_path) == before
 
 
-@pytest.mark.parametrize("stop, code, words", [(OSError(28, "disk is full"), 2, "disk is full"),
+@pytest.mark.parametrize("stop, code, words", [(OSError(28, "is full"), 2, "00001.nii.gz: is full"),
                                                (KeyboardInterrupt(), 130, "")])
 def test_a_full_disk_or_ctrl_c_leaves_no_half_file(folders, tmp_path, merge, monkeypatch, stop, code, words):
     def half(image, path):
