@@ -110,7 +110,7 @@ def load_maps(paths):
                 raise ValueError(f"values {volume.min():g} to {volume.max():g}, expected [0, 1]")
             et, tc, wt = volume > 0.5
             for inner, outer in ((et, tc), (tc, wt)):    # a young network may have a few stray voxels outside
-                if (inner & ~outer).sum() > max(inner.sum() / 2, (et | tc | wt).sum() / 10):
+                if outer.any() and (inner & ~outer).sum() > max(inner.sum() / 2, (et | tc | wt).sum() / 10):
                     raise ValueError("most of a region lies outside the next larger one, expected ET, TC, WT")
         except Exception as error:    # nibabel, gzip and zlib each raise their own kinds for a damaged file
             raise InputError(f"{path}: {error or type(error).__name__}; expected maps in NIfTI") from None
