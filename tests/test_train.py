@@ -1,9 +1,10 @@
 """train.py: the paper's step, its mean over ranks, schedule and epochs; the command's log and checkpoints."""
 
 import csv
-import json
 import math
+import os
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -75,9 +76,13 @@ def test_at_weight_0_the_gradients_are_those_of_dice_alone():
     assert not any(p.grad.any() for p in views.projector.parameters())
 
 
-def gradients_of_one_rank(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def one_of_two_ranks(rank, folder, port, arguments):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
+    sys.argv = ["train.py", *arguments]
+    train.main()
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     views = two_views()
     model = DistributedDataParallel(views)
     train.compute_losses(model, *sample(rank), 0.25, 0.005, FLOAT32)[0].backward()
@@ -85,12 +90,23 @@ def gradients_of_one_rank(rank, folder):
     dist.destroy_process_group()
 
 
-def test_two_ranks_have_the_mean_gradient_of_both_cases(tmp_path):
-    torch.multiprocessing.spawn(gradients_of_one_rank, (str(tmp_path),), nprocs=2)
+@pytest.fixture(scope="module")
+def two_ranks(cohort, tmp_path_factory):
+    """A folder with train.py's OUT and the gradients of sample 0 on rank 0 and sample 1 on rank 1."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    arguments = *SMALL, "--data", cohort, "--out", folder / "out", "--folds", 6, "--epochs", 1
+    torch.multiprocessing.spawn(one_of_two_ranks, (folder, port, [*map(str, arguments)]), nprocs=2)
+    return folder
+
+
+def test_two_ranks_have_the_mean_gradient_of_both_cases(two_ranks):
     views = two_views()
     losses = [train.compute_losses(views, *sample(rank), 0.25, 0.005, FLOAT32)[0] for rank in (0, 1)]
     (sum(losses) / 2).backward()
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    ranks = [torch.load(two_ranks / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     for name, p in views.named_parameters():
         most = float(p.grad.abs().max())
         assert most > 0, name
@@ -128,17 +144,6 @@ def test_an_epoch_is_every_case_once_then_the_first_again(n, world):
     assert order[n:] == order[:len(order) - n]
     if n == 10:
         assert order != train.epoch_order(cases, seed=0, epoch=4, world=world) and order[:n] != cases
-
-
-def test_folds_of_a_monai_data_list(cohort, tmp_path):
-    cases, path = find_cases(cohort), tmp_path / "folds.json"
-    names = [*(case.name for case in cases[:5]), "BraTS2021_99999"]
-    entries = [{"fold": i % 2, "label": f"TrainingData/{name}/{name}_seg.nii.gz"}
-               for i, name in enumerate(names)]
-    path.write_text(json.dumps({"training": entries}))
-    folds, line = train.listed_folds(path, cases)
-    assert folds == {0: [cases[0], cases[2], cases[4]], 1: [cases[1], cases[3]]}
-    assert "1 of its cases" in line and "1 of --data" in line
 
 
 # ---- the command ------------------------------------------------------------------------------------------
@@ -189,10 +194,8 @@ def test_the_logs_arithmetic_and_what_checkpoints_hold(cohort, checkpoint):
     assert last["best"] == pytest.approx(sum(dices) / 3)
 
 
-def test_two_ranks_log_what_one_process_computes(run, cohort, tmp_path):
+def test_two_ranks_log_what_one_process_computes(two_ranks, cohort):
     """Five cases on two ranks: three steps, the last with a case of the first; one case to validate."""
-    run("-m", "torch.distributed.run", "--nproc_per_node=2", "train.py", "--data", cohort, "--out", tmp_path,
-        *SMALL, "--folds", 6, "--epochs", 1, "--cache", "none", ok=0)
     (held_out,) = split_folds(find_cases(cohort), 6, 0)[0]
     order = train.epoch_order([case for case in find_cases(cohort) if case != held_out], 0, 0, world=2)
     samples = train.Crops([(0, case) for case in order], (16, 16, 16), seed=0)
@@ -206,10 +209,10 @@ def test_two_ranks_log_what_one_process_computes(run, cohort, tmp_path):
         (losses[0] / 2).backward()
         optimizer.step()
         sums += losses.detach()
-    (row,) = read_log(tmp_path)
+    (row,) = read_log(two_ranks / "out")
     found = [float(row[name]) for name in ("loss", "dice_loss", "barlow", "invariance", "redundancy")]
     assert found == pytest.approx((sums / 6).tolist(), rel=1e-3)
-    dices = mean_dice(tmp_path / "last.pt", [held_out])
+    dices = mean_dice(two_ranks / "out" / "last.pt", [held_out])
     assert [float(row[f"dice_{region}"]) for region in ("et", "tc", "wt")] == pytest.approx(dices, abs=1e-5)
 
 
