@@ -521,10 +521,15 @@ def folder(text):
     return Path(text).expanduser()
 
 
+def label_list(text):
+    """An argparse type: "2,3" -> (2, 3)."""
+    return tuple(map(int, text.split(",")))
+
+
 def add_cohort_flags(parser):
     parser.add_argument("--names", type=str.split, metavar="ENDINGS",
                         help="of a cohort that README does not list: '_T1 _T1c _T2 _FLAIR _seg'")
-    parser.add_argument("--labels", nargs=3, type=lambda text: tuple(map(int, text.split(","))),
+    parser.add_argument("--labels", nargs=3, type=label_list,
                         metavar=("NECROSIS", "OEDEMA", "ENHANCING"), help="comma lists, if names do not tell")
 
 

@@ -10,6 +10,7 @@ The file stands alone: PyTorch, NumPy and nibabel. As a command it merges folder
 """
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
@@ -80,6 +81,9 @@ METHODS = {"confidence": confidence_ensemble, "geometric": geometric_mean_ensemb
 # ---- the command -------------------------------------------------------------------------------------------
 
 
+logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)    # it logs what it then raises
+
+
 class InputError(ValueError):
     """What the user can mend: the file or flag, what was found, what was expected."""
 
@@ -100,6 +104,8 @@ def load_maps(paths):
     for n, path in enumerate(paths):
         try:
             image = nib.load(path)
+            if not np.isfinite(image.affine).all():
+                raise ValueError("its affine is not finite")
             first = first or image
             if image.shape[3:] != (3,) or np.prod(image.shape) > 3 * 2**25 or image.shape != first.shape:
                 raise ValueError(f"shape {image.shape}, expected (X, Y, Z, 3), the same in every FOLDER")
@@ -113,7 +119,8 @@ def load_maps(paths):
                 if outer.any() and (inner & ~outer).sum() > max(inner.sum() / 2, (et | tc | wt).sum() / 10):
                     raise ValueError("most of a region lies outside the next larger one, expected ET, TC, WT")
         except Exception as error:    # nibabel, gzip and zlib each raise their own kinds for a damaged file
-            raise InputError(f"{path}: {error or type(error).__name__}; expected maps in NIfTI") from None
+            what = str(error) or type(error).__name__
+            raise InputError(f"{path}: {what}; expected maps in NIfTI") from None
         maps = torch.empty(len(paths), *volume.shape) if maps is None else maps
         maps[n] = volume.clamp(0, 1)
     return maps, first
@@ -157,6 +164,7 @@ def merge(args):
     for i, name in enumerate(names, 1):
         maps, first = load_maps([folder / name for folder in args.folders])
         save_labels(args.out / name, METHODS[args.method](maps) > 0.5, args.labels or labels_of(name), first)
+        del maps    # before the next case's are read
         print(f"{i}/{len(names)} {name}", end="\r" if sys.stdout.isatty() else "\n", flush=True)
     print(f"{len(names)} cases, {args.method} of {len(folders)} maps each, in {args.out}")
 
@@ -173,7 +181,8 @@ def main():
     args = parser.parse_args()
     sys.stdout.reconfigure(errors="replace")    # for a name that the log's encoding lacks
     try:
-        merge(args)
+        with np.errstate(all="ignore"):    # of damaged headers, which are refused
+            merge(args)
     except BrokenPipeError:    # a reader such as `head` has left
         os._exit(141)
     except (InputError, OSError) as error:

@@ -165,7 +165,7 @@ COLUMNS = [f"{measure}_{region.lower()}" for measure in ("dice", "hd95") for reg
 
 def write_csv(path, rows):
     """Dicts of one set of keys -> CSV, all of it or nothing. Raises OSError."""
-    with whole_file(path) as part, open(part, "w", newline="") as file:
+    with whole_file(path) as part, open(part, "w", newline="", encoding="utf-8", errors="replace") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)

@@ -83,7 +83,7 @@ def cosine(lr, step, steps):
 
 def case_generator(seed, epoch, name):
     """A sample's one random generator: seed, epoch and the case's name decide, and nothing else."""
-    state = np.random.SeedSequence((seed, epoch, zlib.crc32(name.encode()))).generate_state(1)[0]
+    state = np.random.SeedSequence((seed, epoch, zlib.crc32(os.fsencode(name)))).generate_state(1)[0]
     return torch.Generator().manual_seed(int(state))
 
 
