@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import weakref
 from pathlib import Path
 
 import nibabel as nib
@@ -281,3 +282,44 @@ def test_the_file_works_alone(run, folders, tmp_path):
     run(tmp_path / "ensemble.py", "--method", "mean", "--out", "out", "a", "b", "c", cwd=tmp_path, ok=0)
     for name, volumes in folders[1].items():
         assert torch.equal(voxels(tmp_path / "out" / name), regions_to_labels(volumes.mean(0) > 0.5))
+
+
+def test_the_maps_of_two_cases_are_never_in_memory_at_once(tmp_path, monkeypatch):
+    for case in ("one", "two"):
+        nib.save(nib.Nifti1Image(np.full((2, 2, 2, 3), 0.5, np.float32), np.eye(4)), tmp_path / f"{case}.nii.gz")
+    load, loaded, alive = ensemble.load_maps, [], []
+
+    def watched(paths):
+        alive.append(sum(maps() is not None for maps in loaded))    # of the cases before
+        maps, image = load(paths)
+        loaded.append(weakref.ref(maps))
+        return maps, image
+
+    monkeypatch.setattr(ensemble, "load_maps", watched)
+    monkeypatch.setattr(sys, "argv", ["ensemble.py", "--out", str(tmp_path / "out"), str(tmp_path)])
+    ensemble.main()
+    assert alive == [0, 0]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), EOFError()])
+def test_an_error_without_words_is_named(tmp_path, monkeypatch, error):
+    def fail(path):
+        raise error
+
+    monkeypatch.setattr(nib, "load", fail)
+    with pytest.raises(ensemble.InputError, match=type(error).__name__):
+        ensemble.load_maps([tmp_path / "a.nii.gz"])
+
+
+@pytest.mark.parametrize("field, value", [("datatype", 9999), ("vox_offset", -5), ("scl_slope", 3e38)])
+def test_a_damaged_header_is_one_line(run, tmp_path, field, value):
+    header = nib.Nifti1Header()
+    header.set_data_shape((2, 2, 2, 3))
+    header.set_data_dtype(np.float32)
+    header["magic"], header["vox_offset"] = b"n+1", 352
+    header[field] = value
+    (tmp_path / "a").mkdir()
+    with nib.openers.ImageOpener(tmp_path / "a" / "case.nii.gz", "wb") as file:
+        file.write(header.binaryblock + bytes(4) + np.full(24, 9, np.float32).tobytes())
+    process = run("ensemble.py", "--out", tmp_path / "out", tmp_path / "a", ok=2)
+    assert process.stderr.count("\n") == 1, process.stderr
