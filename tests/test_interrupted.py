@@ -287,7 +287,7 @@ STAND_INS = {
     "scontrol": 'case $1 in show) echo 127.0.0.1 ;; requeue) echo "requeued $2" ;; esac',
     "srun": '[ "$1 $2" = "--cpus-per-task=32 --kill-on-bad-exit=1" ] && shift 2 && exec "$@"',
     # saves the checkpoint SAVES, if there is one, and goes on until it is ended, if that is unfinished
-    "torchrun": '[ $TORCH_DISABLE_SHARE_RDZV_TCP_STORE = 1 ] || exit; while [ $1 != train.py ]; do shift; done\n'
+    "torchrun": '[ $TORCH_DISABLE_SHARE_RDZV_TCP_STORE = 1 ] || exit\nwhile [ $1 != train.py ]; do shift; done\n'
                 'cp "$SAVES" "$3/last.pt" && [ "$SAVES" = stopped.pt ] && exec sleep 300',
     "python": f'exec {sys.executable} "$@"'}
 
