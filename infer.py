@@ -369,6 +369,17 @@ def parse_arguments():
     return args
 
 
+def gather_cases(args):
+    """The cases below all folders of the call, {name: case}. Raises InputError for two of one name."""
+    cases = {}
+    for root in args.cases or [args.truth]:
+        for case in find_cases(root, args.names, args.labels):
+            if cases.setdefault(case.name, case).images != case.images:
+                raise InputError(f"{case.images[0]}: {cases[case.name].images[0]} has the same name, "
+                                 "expected each case once")
+    return cases
+
+
 def choose_checkpoints(args, cases):
     """{case's name: the checkpoints that predict it}, for those that have any. Raises InputError."""
     if len({path.resolve() for path in args.checkpoints}) < len(args.checkpoints):
@@ -386,12 +397,7 @@ def choose_checkpoints(args, cases):
 
 def main():
     args = parse_arguments()
-    cases = {}
-    for root in args.cases or [args.truth]:
-        for case in find_cases(root, args.names, args.labels):
-            if cases.setdefault(case.name, case).images != case.images:
-                raise InputError(f"{case.images[0]}: {cases[case.name].images[0]} has the same name, "
-                                 "expected each case once")
+    cases = gather_cases(args)
     chosen = {} if args.score else choose_checkpoints(args, cases.values())
     cases = [case for name, case in sorted(cases.items()) if name in chosen or args.score and case.label]
     if not cases:

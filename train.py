@@ -186,7 +186,8 @@ def validate(network, cases, crop, autocast, rank, world, device):
 
 
 def check_room(args, precision, device, train_cases):
-    """Raises InputError for a crop that cannot be trained on, and too little shared memory or disk."""
+    """Makes OUT. Raises InputError for an impossible crop, and for too little shared memory or disk."""
+    args.out.mkdir(parents=True, exist_ok=True)
     crop = " ".join(map(str, args.crop))
     if any(side % 8 for side in args.crop):
         raise InputError(f"--crop {crop}: expected multiples of 8; Table 1 halves three times")
@@ -234,6 +235,13 @@ def resume(path, expected, parts):
                      "use another --out")
 
 
+def check_finite(epoch, loss, views):
+    """Raises InputError where the mean loss or a weight is NaN or infinite."""
+    if not (math.isfinite(loss) and all(weight.isfinite().all() for weight in views.parameters())):
+        raise InputError(f"epoch {epoch + 1}: loss ({loss:g}) or weights are not finite, expected numbers; "
+                         "it is not saved; try a lower --lr or --amp off")
+
+
 def log_row(epoch, lr, means, scores, seconds, cases):
     """A row of log.csv: an epoch's losses, means over all steps and ranks, and the held-out cases' Dice."""
     losses = dict(zip(("loss", "dice_loss", "barlow", "invariance", "redundancy"), means))
@@ -247,7 +255,6 @@ def log_row(epoch, lr, means, scores, seconds, cases):
 def train(args, rank, world, device):
     train_cases, val_cases, lines = divide(args)
     precision = choose_precision(args.amp, device)
-    args.out.mkdir(parents=True, exist_ok=True)
     check_room(args, precision, device, train_cases)
 
     torch.manual_seed(args.seed)
@@ -272,12 +279,10 @@ def train(args, rank, world, device):
         model = DistributedDataParallel(views, device_ids=[device.index] if device.type == "cuda" else None)
 
     steps = math.ceil(len(train_cases) / world)    # of an epoch
+    left = f"epochs {first + 1} to {args.epochs}" if first < args.epochs else "no epoch left"
     if rank == 0:
         print(*lines, f"{len(train_cases)} cases to train on, {len(val_cases)} to validate; {device.type} x "
-              f"{world}, {settings['precision']}; epochs {first + 1} to {args.epochs} of {steps} steps",
-              sep="\n", flush=True)
-    if first == args.epochs:
-        return
+              f"{world}, {settings['precision']}; {left} of {steps} steps", sep="\n", flush=True)
     schedule = [(epoch, case) for epoch in range(first, args.epochs)
                 for case in epoch_order(train_cases, args.seed, epoch, world)[rank::world]]
     samples = iter(DataLoader(    # one for all epochs, so that its workers read on while an epoch ends
@@ -292,8 +297,7 @@ def train(args, rank, world, device):
             image, labels, seed, doubtful = sample
             image, labels = (volume.to(device, non_blocking=True) for volume in (image, labels))
             lr = cosine(args.lr, epoch * steps + step, args.epochs * steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            optimizer.param_groups[0]["lr"] = lr
             losses = compute_losses(model, image, labels, seed, args.barlow_weight, args.lambd, autocast)
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(losses[0]).backward()
@@ -306,12 +310,9 @@ def train(args, rank, world, device):
         seconds = time.monotonic() - start
         if world > 1:
             dist.all_reduce(sums)
-        *means, doubtful = (sums / (steps * world)).tolist()
+        *means, doubtful = (sums / (steps * world)).tolist()    # doubtful: a share
         # In float16 a step may overflow, which the scaler leaves out: there the weights alone tell.
-        finite = scaler.is_enabled() or math.isfinite(means[0])
-        if not (finite and all(weight.isfinite().all() for weight in views.parameters())):
-            raise InputError(f"epoch {epoch + 1}: loss ({means[0]:g}) or weights are not finite, expected "
-                             "numbers; it is not saved; try a lower --lr or --amp off")
+        check_finite(epoch, 0.0 if scaler.is_enabled() else means[0], views)
         scores, better = [], False
         if val_cases and ((epoch + 1) % args.validate_every == 0 or epoch + 1 == args.epochs):
             scores = validate(network, val_cases, args.crop, autocast, rank, world, device)
@@ -319,17 +320,17 @@ def train(args, rank, world, device):
             best = max(best, sum(scores) / 3)
         log.append(log_row(epoch + 1, lr, means, scores, seconds, steps * world))
         if rank == 0:
-            checkpoint = {"model": network.state_dict(), "settings": settings, **case_names}
-            checkpoint["epoch"] = epoch + 1
+            saved = {"model": network.state_dict(), "settings": settings, "epoch": epoch + 1, **case_names}
             if better:
-                save_tensors(args.out / "best.pt", checkpoint | {"dice": scores})
+                save_tensors(args.out / "best.pt", saved | {"dice": scores})
             write_csv(args.out / "log.csv", log)
-            checkpoint |= {name: part.state_dict() for name, part in parts.items()}
-            save_tensors(args.out / "last.pt", {    # last, since all follows from it
-                **checkpoint, "finished": epoch + 1 == args.epochs, "best": best, "log": log})
+            saved |= {name: part.state_dict() for name, part in parts.items()}
+            saved |= {"finished": epoch + 1 == args.epochs, "best": best, "log": log}
+            save_tensors(args.out / "last.pt", saved)    # after the others, since all follows from it
             print("  ".join(f"{name} {value}" for name, value in log[-1].items() if value != ""), flush=True)
             if doubtful and epoch == first:
-                print(f"warning: {doubtful:.0%} of the cases look unsuitable; data.py says how", flush=True)
+                print(f"warning: {doubtful * len(train_cases):.0f} cases look unsuitable; data.py says which "
+                      "and how", flush=True)
 
 
 # ---- the command ------------------------------------------------------------------------------------------
