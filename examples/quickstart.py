@@ -95,8 +95,8 @@ def main():
 
     alone = print_scores([(f"fold {fold} alone", out / f"test-fold{fold}.csv") for fold in FOLDS])
     print_scores([(f"{method} of all four", out / f"test-{method}.csv") for method in METHODS], header=False)
-    print(f"Chance moves every row: the four networks differ by up to {max(alone) - min(alone):.4f} in mean Dice, "
-          "though only their folds do; another --seed, and another machine's rounding, move them likewise.")
+    print(f"Chance moves every row: the four networks differ by up to {max(alone) - min(alone):.4f} in mean "
+          "Dice, though only their folds do; another --seed, and another machine's rounding, move them too.")
     minutes = (time.monotonic() - start) / 60
     print(f"\n{at}/figure.png shows a case of the test cohort; done in {minutes:.1f} minutes")
 
