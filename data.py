@@ -361,9 +361,9 @@ def read_labels(path, labels=IN_MEMORY, background=()):
     for ours, theirs in zip((1, 2, 4), labels):
         table[list(theirs)] = ours
     with np.errstate(invalid="ignore"):
-        nearest = np.rint(array)
-        known = (abs(array - nearest) < 0.01) & (nearest >= 0) & (nearest < 256)
-        found = table[np.where(known, nearest, 256).astype(np.int16)]
+        nearest = np.rint(array) if array.dtype.kind == "f" else array    # integers are quicker as they are
+        known = (nearest >= 0) & (nearest < 256) & (nearest is array or abs(array - nearest) < 0.01)
+        found = table[np.where(known, nearest, np.int16(256)).astype(np.int16)]
     if (found == 255).any():
         wrong = ", ".join(f"{value:.7g}" for value in np.unique(array[found == 255])[:3])
         expected = ", ".join(map(str, sorted({0, *background, *sum(labels, ())})))

@@ -154,7 +154,8 @@ def hausdorff95(prediction, truth, spacing=(1.0, 1.0, 1.0)):
 
 def score(labels, truth, spacing):
     """Labels (D, H, W) against regions (3, D, H, W): [Dice of ET, TC, WT, then HD95 in mm of ET, TC, WT]."""
-    pairs = list(zip(labels_to_regions(labels), truth))
+    box = tuple(slice(lo, hi) for lo, hi in brain_box((labels != 0) | truth[2]))    # all regions lie in it
+    pairs = list(zip(labels_to_regions(labels[box]), truth[(slice(None), *box)]))
     return [dice(p, t) for p, t in pairs] + [hausdorff95(p, t, spacing) for p, t in pairs]
 
 
@@ -259,10 +260,11 @@ def free_shared_memory():
 
 
 class Volumes(Dataset):
-    """What is read ahead of a case: image (4, D, H, W) float32, normalised; affine; does it look unsuitable.
+    """What is read ahead of a case: volume, affine, does it look unsuitable, truth as of `read_truth`.
 
-    From a folder of predictions: labels (D, H, W) uint8, affine, False. Where a file cannot be read: the
-    InputError, which raised in a reading process would arrive as a traceback.
+    The volume is the image (4, D, H, W) float32, normalised, or labels (D, H, W) uint8 from a folder of
+    predictions. Where it cannot be read it is the InputError, which raised in a reading process would arrive
+    as a traceback.
     """
 
     def __init__(self, cases, predictions=None):
@@ -275,11 +277,14 @@ class Volumes(Dataset):
         case = self.cases[index]
         try:
             if self.predictions:
-                return *read_labels(self.predictions / f"{case.name}.nii.gz", case.naming.labels), False
-            image, _, affine = load_case(case._replace(label=None))
-            return normalize(image), affine, bool(doubts(image, affine))
+                path = self.predictions / f"{case.name}.nii.gz"
+                (volume, affine), doubt = read_labels(path, case.naming.labels), False
+            else:
+                image, _, affine = load_case(case._replace(label=None))
+                volume, doubt = normalize(image), bool(doubts(image, affine))
         except InputError as error:
-            return error
+            return error, None, False, None
+        return volume, affine, doubt, read_truth(case, volume[-1] if volume.ndim == 4 else volume, affine)
 
 
 def read_ahead(cases, predictions=None):
@@ -290,10 +295,15 @@ def read_ahead(cases, predictions=None):
 
 
 def read_truth(case, volume, affine):
-    """A case's regions (3, D, H, W) bool, on the voxels of `volume` (D, H, W). Raises InputError."""
-    labels, its_affine = read_labels(case.label, case.naming.labels, case.naming.background)
-    check_same_grid(case.label, labels, its_affine, case.images[0], volume, affine)
-    return labels_to_regions(labels)
+    """A case's labels on the voxels of `volume`, both (D, H, W); None without segmentation; or InputError."""
+    if case.label is None:
+        return None
+    try:
+        labels, its_affine = read_labels(case.label, case.naming.labels, case.naming.background)
+        check_same_grid(case.label, labels, its_affine, case.images[0], volume, affine)
+        return labels
+    except InputError as error:    # as a value: the case is predicted all the same
+        return error
 
 
 def predict_case(case, image, checkpoints, args):
@@ -308,7 +318,7 @@ def predict_case(case, image, checkpoints, args):
     maps = torch.stack(maps)    # (N, 3, D, H, W)
     if maps.isnan().any():
         raise InputError(f"{case.name}: a network gives NaN, expected probabilities; see its --amp")
-    probabilities = METHODS[args.ensemble](maps)    # (3, D, H, W)
+    probabilities = METHODS[args.ensemble](maps) if len(maps) > 1 else maps[0]    # (3, D, H, W)
     labels = regions_to_labels(probabilities > 0.5)
     path = args.out / f"{case.name}.nii.gz"
     if args.probabilities:
@@ -325,14 +335,15 @@ def run(cases, chosen, args, rank):
     rows, failures, doubtful, start = [], [], [], time.monotonic()
     for done, (case, read) in enumerate(zip(cases, read_ahead(cases, args.score)), 1):
         try:
-            if isinstance(read, InputError):
-                raise read
-            volume, affine, doubt = read
+            volume, affine, doubt, truth = read
+            if isinstance(volume, InputError):
+                raise volume
             doubtful += [case.name] * doubt
             labels = volume if args.score else predict_case(case, volume, chosen[case.name], args)
-            if case.label:
-                truth = read_truth(case, labels, affine)
-                scores = score(labels, truth, nib.affines.voxel_sizes(np.asarray(affine)))
+            if isinstance(truth, InputError):
+                raise truth
+            if truth is not None:
+                scores = score(labels, labels_to_regions(truth), nib.affines.voxel_sizes(np.asarray(affine)))
                 folds = [c["settings"]["fold"] for c in chosen[case.name]] if args.held_out else []
                 rows.append({"case": case.name, "fold": "/".join(sorted(set(folds))),
                              **{column: f"{value:.6g}" for column, value in zip(COLUMNS, scores)}})

@@ -30,7 +30,7 @@ from data import (InputError, add_cohort_flags, augment, cache_entry, describe, 
                   labels_to_regions, match, prepare, random_crop, random_flip, regions_to_labels, run_command,
                   save_tensors, show_progress, split_folds)
 from infer import (AMP, choose_precision, choose_window, dice, free_shared_memory, move_to, predict,
-                   read_ahead, read_truth, start_ranks, write_csv)
+                   read_ahead, start_ranks, write_csv)
 from segresnet import NORMS, SegResNet
 
 # ---- the paper's step -------------------------------------------------------------------------------------
@@ -167,15 +167,14 @@ def validate(network, cases, crop, autocast, rank, world, device):
     """The mean Dice of ET, TC, WT over whole cases, predicted and painted as `infer.py` would."""
     network.eval()
     total, share = torch.zeros(3, dtype=torch.float64, device=device), cases[rank::world]
-    for case, read in zip(share, read_ahead(share)):
-        if isinstance(read, InputError):
-            raise read
-        image, affine, _ = read
-        truth = read_truth(case, image[0], affine)
+    for image, _, _, truth in read_ahead(share):
+        for volume in (image, truth):
+            if isinstance(volume, InputError):
+                raise volume
         with autocast:
             probabilities = predict(network, image, choose_window(image, crop))
         painted = labels_to_regions(regions_to_labels(probabilities > 0.5))
-        total += total.new_tensor([dice(p, t) for p, t in zip(painted, truth)])
+        total += total.new_tensor([dice(p, t) for p, t in zip(painted, labels_to_regions(truth))])
     if world > 1:
         dist.all_reduce(total)
     network.train()
