@@ -16,9 +16,9 @@ def read_rows(path):
 
 @pytest.fixture(scope="module")
 def both(run, cohort, checkpoint, tmp_path_factory):
-    """The networks of fold 0, after one epoch, and of fold 1, after twelve."""
+    """The networks of fold 0, after one epoch, and of fold 1, after twenty-four."""
     out = tmp_path_factory.mktemp("runs") / "fold1"
-    run("train.py", "--data", cohort, "--fold", 1, "--folds", 2, "--out", out, "--epochs", 12, "--lr", 0.03,
+    run("train.py", "--data", cohort, "--fold", 1, "--folds", 2, "--out", out, "--epochs", 24, "--lr", 0.01,
         "--crop", 32, 32, 32, "--filters", 8, "--pool", 8, "--dim", 4, "--workers", 0, "--amp", "off", ok=0)
     return [checkpoint, out / "best.pt"]
 
