@@ -1,5 +1,7 @@
 """What the tests share: running a command, a synthetic cohort, a checkpoint trained on it, the real cases."""
 
+import importlib
+import io
 import os
 import subprocess
 import sys
@@ -9,13 +11,15 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
+# flags of train.py for networks and steps as small as they go
+TINY = "--epochs 1 --crop 32 32 32 --filters 8 --pool 8 --dim 4 --amp off --workers 0".split()
 
 
-def _run(*command, cwd=REPO, ok=None):
+def _run(*command, cwd=REPO, ok=None, stdout=subprocess.PIPE):
     """Runs `python script argument ...` -> its CompletedProcess, stdout and stderr as text.
 
     script: as seen from the repository's root, an absolute path, or an option of python's such as "-m".
-    ok: the exit code that is asserted, if given.
+    ok: the exit code that is asserted, if given. stdout: where that goes.
     """
     script, *arguments = map(str, command)
     script = script if script.startswith("-") else REPO / script
@@ -24,15 +28,41 @@ def _run(*command, cwd=REPO, ok=None):
     environment = {name: value for name, value in os.environ.items() if name not in unset}
     environment["OMP_NUM_THREADS"] = "1"
     process = subprocess.run([sys.executable, script, *arguments], cwd=cwd, env=environment, timeout=600,
-                             stdin=subprocess.DEVNULL, capture_output=True, text=True, encoding="utf-8")
+                             stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE,
+                             encoding="utf-8")
     output = f"\n{process.stdout}\n{process.stderr}"
     assert ok is None or process.returncode == ok, f"exit code {process.returncode}, expected {ok}{output}"
     return process
 
 
+def _call(script, *arguments, ok=None, encoding="utf-8"):
+    """The same in this process, which spares the import of PyTorch -> exit code, stdout, stderr."""
+    main, parent, leave = importlib.import_module(script.removesuffix(".py")).main, os.getpid(), os._exit
+    streams, code = [io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2)], None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        patch.setattr(sys, "stdout", streams[0])
+        patch.setattr(sys, "stderr", streams[1])
+        # run_command's way out is ours to catch; a reading process must keep its own.
+        patch.setattr(os, "_exit", lambda code: sys.exit(code) if os.getpid() == parent else leave(code))
+        try:
+            main() if script == "ensemble.py" else importlib.import_module("data").run_command(main)
+        except SystemExit as end:
+            code = end.code
+    [stream.seek(0) for stream in streams]
+    result = code or 0, *(stream.read() for stream in streams)
+    assert ok is None or result[0] == ok, result
+    return result
+
+
 @pytest.fixture(scope="session")
 def run():
     return _run
+
+
+@pytest.fixture(scope="session")
+def call():
+    return _call
 
 
 @pytest.fixture(scope="session")
@@ -47,9 +77,7 @@ def cohort(tmp_path_factory):
 def checkpoint(cohort, tmp_path_factory):
     """best.pt of one epoch of fold 0 of 2 on `cohort`, log.csv and last.pt beside it. Tests only read it."""
     out = tmp_path_factory.mktemp("runs") / "fold0"
-    _run("train.py", "--data", cohort, "--fold", 0, "--folds", 2, "--out", out, "--epochs", 1, "--workers", 0,
-         "--filters", 8, "--norm", "instance", "--crop", 32, 32, 32, "--pool", 8, "--dim", 4,
-         "--amp", "off", ok=0)
+    _run("train.py", "--data", cohort, "--folds", 2, "--out", out, *TINY, ok=0)
     return out / "best.pt"
 
 
