@@ -6,6 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from conftest import TINY
 from data import find_cases, split_folds
 
 
@@ -18,22 +19,23 @@ def read_rows(path):
 def both(run, cohort, checkpoint, tmp_path_factory):
     """The networks of fold 0, after one epoch, and of fold 1, after twenty-four."""
     out = tmp_path_factory.mktemp("runs") / "fold1"
-    run("train.py", "--data", cohort, "--fold", 1, "--folds", 2, "--out", out, "--epochs", 24, "--lr", 0.01,
-        "--crop", 32, 32, 32, "--filters", 8, "--pool", 8, "--dim", 4, "--workers", 0, "--amp", "off", ok=0)
+    run("train.py", "--data", cohort, "--fold", 1, "--folds", 2, "--out", out, *TINY, "--epochs", 24,
+        "--lr", 0.01, ok=0)
     return [checkpoint, out / "best.pt"]
 
 
-def test_the_cohort_check_counts_what_training_reads(run, cohort, both):
+def test_the_cohort_check_counts_what_training_reads(call, cohort):
     cases = find_cases(cohort)
     voxels = [(np.asarray(nib.load(case.label).dataobj) > 0).sum() for case in cases]
-    printed = run("data.py", cohort, ok=0).stdout
+    _, printed, _ = call("data.py", cohort, ok=0)
     assert f"6 case(s) of 6 patient(s), named as {cases[0].naming.cohort}" in printed
     assert f"WT: mean {np.mean(voxels):,.0f} voxels, empty in 0 of 6" in printed
     assert "6 of 6 cases can be used" in printed
 
 
-def test_training_learns_and_held_out_scores_are_validations(run, cohort, both, tmp_path):
-    done = run("infer.py", cohort, "--checkpoints", *both, "--held-out", "--out", tmp_path / "out", ok=0)
+def test_training_learns_and_held_out_scores_are_validations(call, cohort, both, tmp_path):
+    flags = "--held-out", "--out", tmp_path / "out"
+    _, printed, _ = call("infer.py", cohort, "--checkpoints", *both, *flags, ok=0)
     rows, folds = read_rows(tmp_path / "out.csv"), split_folds(find_cases(cohort), folds=2)
     for fold, checkpoint in enumerate(both):
         validated = [row for row in read_rows(checkpoint.with_name("log.csv")) if row["dice_mean"]]
@@ -44,17 +46,17 @@ def test_training_learns_and_held_out_scores_are_validations(run, cohort, both, 
             mean = np.mean([float(row[f"dice_{region}"]) for row in mine])
             assert float(best[f"dice_{region}"]) == pytest.approx(mean, abs=1e-5)
         mean = np.mean([float(row["dice_wt"]) for row in mine])
-        assert [f"{mean:.4f}" in line for line in done.stdout.splitlines() if f"fold {fold} " in line] == [True]
+        assert [f"{mean:.4f}" in line for line in printed.splitlines() if f"fold {fold} " in line] == [True]
     assert mean > 0.4    # on cases that it never saw; all of the brain as tumour has 0.15
 
 
-def test_merged_maps_are_the_ensemble_in_one_go(run, cohort, both, tmp_path):
+def test_merged_maps_are_the_ensemble_in_one_go(call, cohort, both, tmp_path):
     singles = [tmp_path / "fold0", tmp_path / "fold1"]
     for out, checkpoint in zip(singles, both):
-        run("infer.py", cohort, "--checkpoints", checkpoint, "--probabilities", "--out", out, ok=0)
-    run("ensemble.py", "--out", tmp_path / "merged", *(out / "probabilities" for out in singles), ok=0)
-    run("infer.py", cohort, "--checkpoints", *both, "--out", tmp_path / "direct", ok=0)
-    run("infer.py", "--score", tmp_path / "merged", "--truth", cohort, ok=0)
+        call("infer.py", cohort, "--checkpoints", checkpoint, "--probabilities", "--out", out, ok=0)
+    call("ensemble.py", "--out", tmp_path / "merged", *(out / "probabilities" for out in singles), ok=0)
+    call("infer.py", cohort, "--checkpoints", *both, "--out", tmp_path / "direct", ok=0)
+    call("infer.py", "--score", tmp_path / "merged", "--truth", cohort, ok=0)
     seen = set()
     for case in find_cases(cohort):
         merged, direct = (nib.load(tmp_path / name / f"{case.name}.nii.gz") for name in ("merged", "direct"))
