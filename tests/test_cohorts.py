@@ -384,9 +384,37 @@ def test_three_channels_where_four_belong_are_refused(layouts, tmp_path):
 # ---- real cases -------------------------------------------------------------------------------------------
 
 
-def test_real_cases_are_read_as_stored_and_not_doubted(real_case):
-    for case in find_cases(real_case)[:2]:
-        image, target, affine = load_case(case)
-        assert np.array_equal(image, np.stack([voxels(path) for path in case.images]))
-        assert np.array_equal(target, regions_by_hand(voxels(case.label)))
-        assert np.allclose(affine, nib.load(case.images[0]).affine) and data.doubts(image, affine) == []
+def lay_out(folder, like, case, i):
+    """A BraTS 2021 case as the i-th of another layout: links, but for stacked channels and the labels."""
+    name, image, suffixes, label, _ = phantom.LAYOUTS[like]
+    paths = [folder / f"{image.format(name.format(i), suffix)}.nii.gz" for suffix in suffixes]
+    label = folder / f"{label.format(name.format(i))}.nii"
+    [path.parent.mkdir(parents=True, exist_ok=True) for path in (*paths, label)]
+    if like == "decathlon":
+        stack = np.stack([voxels(case.images[modality]) for modality in (3, 0, 1, 2)], -1)
+        nib.save(nib.Nifti1Image(stack, nib.load(case.images[0]).affine), paths[0].with_suffix(""))
+    else:
+        [path.symlink_to(image) for path, image in zip(paths, case.images)]
+    stored = recoded(voxels(case.label).astype(np.uint8), *LABELS[like])
+    nib.save(nib.Nifti1Image(stored, nib.load(case.label).affine), label)
+
+
+def test_real_cases_are_the_same_in_every_layout(real_case, network, tmp_path, command):
+    cases = find_cases(real_case)[:2]
+    for i, case in enumerate(cases):
+        images, labels = np.stack([voxels(path) for path in case.images]), voxels(case.label)
+        for like in LABELS:
+            lay_out(tmp_path / like, like, case, i)
+            image, target, affine = load_case(find_cases(tmp_path / like)[i])
+            assert np.array_equal(image, images) and np.array_equal(target, regions_by_hand(labels))
+            assert np.allclose(affine, nib.load(case.images[0]).affine) and data.doubts(image, affine) == []
+    first = tmp_path / "decathlon" / "imagesTr" / "BRATS_000.nii"
+    first.with_name("BRATS_001.nii").unlink()    # one prediction will do
+    command(infer, tmp_path / "decathlon", "--checkpoints", network, "--out", tmp_path / "out")
+    written = nib.load(tmp_path / "out" / "BRATS_000.nii.gz")
+    assert np.array_equal(written.affine, nib.load(first).affine)
+    painted = regions_by_hand(np.asarray(written.dataobj), *LABELS["decathlon"])
+    truth = regions_by_hand(voxels(cases[0].label))
+    (row,) = csv.DictReader(open(tmp_path / "out.csv"))
+    for column, p, t in zip(infer.COLUMNS, painted, truth):    # Dice of ET, TC, WT
+        assert p.any() and abs(float(row[column]) - 2 * (p & t).sum() / (p.sum() + t.sum())) < 1e-6
