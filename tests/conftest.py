@@ -1,8 +1,10 @@
 """What the tests share: running a command, a synthetic cohort, a checkpoint trained on it, the real cases."""
 
+import csv
 import importlib
 import io
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +55,17 @@ def _call(script, *arguments, ok=None, encoding="utf-8"):
     result = code or 0, *(stream.read() for stream in streams)
     assert ok is None or result[0] == ok, result
     return result
+
+
+def read_rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="session")

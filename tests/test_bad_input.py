@@ -3,7 +3,6 @@
 In prediction and in the cohort check the other cases go on: a bad one is listed at the end, exit code 1.
 """
 
-import csv
 import gzip
 import os
 import resource
@@ -19,7 +18,7 @@ import torch
 
 import data
 import infer
-from conftest import TINY
+from conftest import TINY, read_rows
 from segresnet import SegResNet
 
 
@@ -188,7 +187,7 @@ def test_the_others_are_predicted(goes_on):
     done = ["good", "unlabelled", *BAD_LABELS]    # a bad segmentation can be predicted, not scored
     assert not process.stderr and files(folder) == sorted(["out.csv", *(
         f"out/{place}{name}.nii.gz" for name in done for place in ("", "probabilities/"))])
-    assert [row["case"] for row in csv.DictReader(open(folder / "out.csv"))] == ["good"]
+    assert [row["case"] for row in read_rows(folder / "out.csv")] == ["good"]
     for path in (folder / "out").rglob("*.nii.gz"):
         assert np.isfinite(nib.load(path).get_fdata()).all()    # whole files
 

@@ -1,18 +1,11 @@
 """The commands one after the other, as README's quick start runs them, in small: their numbers agree."""
 
-import csv
-
 import nibabel as nib
 import numpy as np
 import pytest
 
-from conftest import TINY
+from conftest import TINY, read_rows
 from data import find_cases, split_folds
-
-
-def read_rows(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
