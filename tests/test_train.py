@@ -1,10 +1,9 @@
 """train.py: the paper's step, its mean over ranks, schedule and epochs; the command's log and checkpoints."""
 
-import csv
 import math
 import os
+import re
 import shutil
-import socket
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import infer
 import train
 from barlow import Projector
+from conftest import TINY, free_port, read_rows
 from data import (InputError, augment, find_cases, labels_to_regions, load_case, normalize, regions_to_labels,
                   split_folds)
 from segresnet import SegResNet
@@ -94,11 +94,8 @@ def one_of_two_ranks(rank, folder, port, arguments):
 def two_ranks(cohort, tmp_path_factory):
     """A folder with train.py's OUT and the gradients of sample 0 on rank 0 and sample 1 on rank 1."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     arguments = *SMALL, "--data", cohort, "--out", folder / "out", "--folds", 6, "--epochs", 1
-    torch.multiprocessing.spawn(one_of_two_ranks, (folder, port, [*map(str, arguments)]), nprocs=2)
+    torch.multiprocessing.spawn(one_of_two_ranks, (folder, free_port(), [*map(str, arguments)]), nprocs=2)
     return folder
 
 
@@ -149,32 +146,20 @@ def test_an_epoch_is_every_case_once_then_the_first_again(n, world):
 # ---- the command ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def train_here(monkeypatch):
-    """train.py's main() in this process, with the arguments it is called with."""
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-        train.main()
-    return call
-
-
-def read_log(out):
-    with open(out / "log.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def mean_dice(checkpoint, cases):
     """[ET, TC, WT] of best.pt or last.pt on whole cases, each painted as a segmentation."""
-    model, scores = infer.load_checkpoint(checkpoint)["model"], []
+    loaded, scores = infer.load_checkpoint(checkpoint), []
+    model, crop = loaded["model"], loaded["settings"]["crop"]
     for case in cases:
         image, target, _ = load_case(case)
-        painted = regions_to_labels(infer.predict(model, normalize(image), (32, 32, 32)) > 0.5)
+        window = infer.choose_window(image, crop)
+        painted = regions_to_labels(infer.predict(model, normalize(image), window) > 0.5)
         scores.append([infer.dice(p, t) for p, t in zip(labels_to_regions(painted), target)])
     return torch.tensor(scores).mean(0).tolist()
 
 
 def test_the_logs_arithmetic_and_what_checkpoints_hold(cohort, checkpoint):
-    (row,) = read_log(checkpoint.parent)
+    (row,) = read_rows(checkpoint.with_name("log.csv"))
     value = {name: float(number) for name, number in row.items()}
     assert value["lr"] == pytest.approx(1e-4 * 0.5 * (1 + math.cos(math.pi * 2 / 3)), rel=1e-5)    # the last
     assert value["barlow"] == pytest.approx(value["invariance"] + 0.005 * value["redundancy"], rel=1e-4)
@@ -209,7 +194,7 @@ def test_two_ranks_log_what_one_process_computes(two_ranks, cohort):
         (losses[0] / 2).backward()
         optimizer.step()
         sums += losses.detach()
-    (row,) = read_log(two_ranks / "out")
+    (row,) = read_rows(two_ranks / "out/log.csv")
     found = [float(row[name]) for name in ("loss", "dice_loss", "barlow", "invariance", "redundancy")]
     assert found == pytest.approx((sums / 6).tolist(), rel=1e-3)
     dices = mean_dice(two_ranks / "out" / "last.pt", [held_out])
@@ -217,7 +202,7 @@ def test_two_ranks_log_what_one_process_computes(two_ranks, cohort):
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_an_epoch_that_ends_in_nan_is_not_saved(train_here, cohort, tmp_path, monkeypatch, what):
+def test_an_epoch_that_ends_in_nan_is_not_saved(call, cohort, tmp_path, monkeypatch, what):
     compute_losses, steps = train.compute_losses, []
 
     def poisoned(*arguments):
@@ -228,62 +213,55 @@ def test_an_epoch_that_ends_in_nan_is_not_saved(train_here, cohort, tmp_path, mo
             steps[-1].register_hook(lambda gradient: gradient * math.nan)
         return steps[-1]
 
-    arguments = "--data", cohort, "--out", tmp_path / "run", *SMALL
+    arguments = "--data", cohort, "--out", tmp_path, *SMALL, "--cache", "none"
     monkeypatch.setattr(train, "compute_losses", poisoned)
-    with pytest.raises(InputError, match="epoch 2.* finite"):
-        train_here(*arguments)
+    (line,) = call("train.py", *arguments, ok=2)[2].splitlines()
+    assert re.match("train.py: error: epoch 2.* not finite.*--lr", line)
     for name in ("last.pt", "best.pt"):
-        saved = torch.load(tmp_path / "run" / name, weights_only=True)
+        saved = torch.load(tmp_path / name, weights_only=True)
         assert saved["epoch"] == 1 and all(weight.isfinite().all() for weight in saved["model"].values())
-    assert [row["epoch"] for row in read_log(tmp_path / "run")] == ["1"]
-    train_here(*arguments)    # the same command goes on
-    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["finished"]
+    assert [row["epoch"] for row in read_rows(tmp_path / "log.csv")] == ["1"]
+    call("train.py", *arguments, ok=0)    # the same command goes on
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["finished"]
 
 
-def test_a_learning_rate_far_too_high_is_one_line(run, cohort, tmp_path):
-    done = run("train.py", "--data", cohort, "--out", tmp_path / "run", *SMALL, "--lr", "1e18", ok=2)
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("train.py: error: epoch 1") and "finite" in line and "--lr" in line
-    assert not list((tmp_path / "run").iterdir())
-
-
-def test_fold_all_trains_on_every_case(train_here, cohort, tmp_path):
-    train_here("--data", cohort, "--out", tmp_path, *SMALL, "--fold", "all", "--epochs", 1, "--cache", "none")
+def test_fold_all_trains_on_every_case(call, cohort, tmp_path):
+    call("train.py", "--data", cohort, "--out", tmp_path, *TINY, "--fold", "all", "--cache", "none", ok=0)
     last = torch.load(tmp_path / "last.pt", weights_only=True)
     assert last["train_cases"] == [case.name for case in find_cases(cohort)] and last["val_cases"] == []
-    assert read_log(tmp_path)[0]["dice_wt"] == "" and not (tmp_path / "best.pt").exists()
+    assert read_rows(tmp_path / "log.csv")[0]["dice_wt"] == "" and not (tmp_path / "best.pt").exists()
 
 
 @pytest.mark.parametrize("change, message", [
     (("--lr", "3e-3"), "lr 0.0001, expected 0.003"), (("--epochs", 2), "epochs 1, expected 2"),
     (("--filters", 16), "filters 8, expected 16"), (("--fold", 1), "fold '0', expected '1'"),
-    ((), "cases")], ids=lambda value: "")
-def test_another_runs_checkpoint_is_refused(train_here, cohort, checkpoint, tmp_path, change, message):
-    shutil.copytree(cohort, tmp_path / "cohort")
-    if not change:    # one of the cases it was trained on is gone
-        name = torch.load(checkpoint, weights_only=True)["train_cases"][0]
-        shutil.rmtree(tmp_path / "cohort" / name)
+    (("--data", "fewer"), "train_cases [")], ids=lambda value: "")
+def test_another_runs_checkpoint_is_refused(call, cohort, checkpoint, tmp_path, monkeypatch, change, message):
+    shutil.copytree(cohort, tmp_path / "fewer")    # one of the cases it was trained on is gone
+    shutil.rmtree(tmp_path / "fewer" / torch.load(checkpoint, weights_only=True)["train_cases"][0])
+    monkeypatch.chdir(tmp_path)
     before = (checkpoint.parent / "last.pt").read_bytes()
-    with pytest.raises(InputError, match=message):
-        train_here("--data", tmp_path / "cohort", "--out", checkpoint.parent, "--folds", 2, "--epochs", 1,
-                   "--crop", 32, 32, 32, "--filters", 8, "--pool", 8, "--dim", 4, "--amp", "off", *change)
+    run = "--data", cohort, "--out", checkpoint.parent, "--folds", 2, *TINY
+    assert message in call("train.py", *run, *change, ok=2)[2]
     assert (checkpoint.parent / "last.pt").read_bytes() == before
 
 
-def test_more_processes_than_gpus_is_one_line(monkeypatch):
-    for name, value in {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}.items():
+@pytest.mark.parametrize("variables, message", [
+    ({"LOCAL_RANK": "3"}, "nproc_per_node.* 2 GPUs"),
+    ({"TORCHELASTIC_MAX_RESTARTS": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"},
+     "--max-restarts 1.*TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")], ids=["more ranks than GPUs", "one store"])
+def test_ranks_that_could_not_meet_are_refused(call, cohort, tmp_path, monkeypatch, variables, message):
+    for name, value in {"RANK": "3", "LOCAL_RANK": "0", "WORLD_SIZE": "4", **variables}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "TORCHELASTIC_MAX_RESTARTS" not in variables)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(InputError, match="nproc_per_node.* 2 GPUs"):
-        infer.start_ranks()
+    (line,) = call("train.py", "--data", cohort, "--out", tmp_path / "out", *TINY, ok=2)[2].splitlines()
+    assert re.search(message, line) and not (tmp_path / "out").exists()
 
 
-def test_flags_stand_in_three_groups(train_here, capsys):
-    with pytest.raises(SystemExit, match="0"):
-        train_here("--help")
-    _, *groups = capsys.readouterr().out.replace("where the paper is silent:", "the paper's:").replace(
-        "the run:", "the paper's:").split("the paper's:")
+def test_flags_stand_in_three_groups(call):
+    _, printed, _ = call("train.py", "--help", ok=0)
+    _, *groups = re.split("the paper's:|where the paper is silent:|the run:", printed)
     expected = ("--fold --epochs --crop --lr --lambd --pool", "--filters --norm --dim --barlow-weight --amp",
                 "--data --out --cache --workers --seed")
     for group, flags in zip(groups, expected, strict=True):
