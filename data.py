@@ -539,6 +539,7 @@ def run_command(main):
     code = 2
     try:
         code = main()
+        sys.stdout.flush()
     except SystemExit as end:    # argparse's
         code = end.code
     except KeyboardInterrupt:
@@ -553,10 +554,11 @@ def run_command(main):
         if isinstance(error, OSError):
             text = f"{error.filename or 'output'}: {error.strerror or error}"
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+        code = 2
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        code = 141
+    except OSError:    # said above, or --help into a closed pipe
+        code = code or 141
     if code:
         os._exit(code)    # not through an exit that waits for the threads of other libraries
 

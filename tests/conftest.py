@@ -26,7 +26,7 @@ def _run(*command, cwd=REPO, ok=None, stdout=subprocess.PIPE):
     script, *arguments = map(str, command)
     script = script if script.startswith("-") else REPO / script
     # A script finds what lies beside it and nothing else; tests beside each other do not fight for the cores.
-    unset = ("PYTHONPATH", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+    unset = ("PYTHONPATH", "PYTHONUNBUFFERED", "RANK", "WORLD_SIZE", "LOCAL_RANK")
     environment = {name: value for name, value in os.environ.items() if name not in unset}
     environment["OMP_NUM_THREADS"] = "1"
     process = subprocess.run([sys.executable, script, *arguments], cwd=cwd, env=environment, timeout=600,
