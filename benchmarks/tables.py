@@ -280,7 +280,9 @@ def ensembles(studies):
 
 
 def spread(values, digits):
-    """'median (lowest tenth to highest tenth)'"""
+    """'median (lowest tenth to highest tenth)'; 'none' where no case has what is asked."""
+    if not len(values):
+        return "none"
     return "{1:.{n}f} ({0:.{n}f} to {2:.{n}f})".format(*np.percentile(values, (10, 50, 90)), n=digits)
 
 
