@@ -318,7 +318,8 @@ def predict_case(case, image, checkpoints, args):
     maps = torch.stack(maps)    # (N, 3, D, H, W)
     if maps.isnan().any():
         raise InputError(f"{case.name}: a network gives NaN, expected probabilities; see its --amp")
-    probabilities = METHODS[args.ensemble](maps) if len(maps) > 1 else maps[0]    # (3, D, H, W)
+    # (3, D, H, W); every method gives a single map back as it is, but for rounding and 0.1 s
+    probabilities = METHODS[args.ensemble](maps) if len(maps) > 1 else maps[0]
     labels = regions_to_labels(probabilities > 0.5)
     path = args.out / f"{case.name}.nii.gz"
     if args.probabilities:

@@ -185,8 +185,7 @@ def validate(network, cases, crop, autocast, rank, world, device):
 
 
 def check_room(args, precision, device, train_cases):
-    """Makes OUT. Raises InputError for an impossible crop, and for too little shared memory or disk."""
-    args.out.mkdir(parents=True, exist_ok=True)
+    """Raises InputError for a crop that cannot be trained on, and too little shared memory or disk."""
     crop = " ".join(map(str, args.crop))
     if any(side % 8 for side in args.crop):
         raise InputError(f"--crop {crop}: expected multiples of 8; Table 1 halves three times")
@@ -235,9 +234,12 @@ def resume(path, expected, parts):
 
 
 def check_finite(epoch, loss, views):
-    """Raises InputError where the mean loss or a weight is NaN or infinite."""
-    if not (math.isfinite(loss) and all(weight.isfinite().all() for weight in views.parameters())):
-        raise InputError(f"epoch {epoch + 1}: loss ({loss:g}) or weights are not finite, expected numbers; "
+    """Raises InputError for a weight that is NaN or infinite, as a loss that is makes them all in its step.
+
+    In float16 the scaler leaves such a step out, so that there the loss alone would tell nothing.
+    """
+    if not all(weight.isfinite().all() for weight in views.parameters()):
+        raise InputError(f"epoch {epoch + 1}: weights are not finite, expected numbers; loss {loss:g}; "
                          "it is not saved; try a lower --lr or --amp off")
 
 
@@ -254,6 +256,7 @@ def log_row(epoch, lr, means, scores, seconds, cases):
 def train(args, rank, world, device):
     train_cases, val_cases, lines = divide(args)
     precision = choose_precision(args.amp, device)
+    args.out.mkdir(parents=True, exist_ok=True)
     check_room(args, precision, device, train_cases)
 
     torch.manual_seed(args.seed)
@@ -278,10 +281,12 @@ def train(args, rank, world, device):
         model = DistributedDataParallel(views, device_ids=[device.index] if device.type == "cuda" else None)
 
     steps = math.ceil(len(train_cases) / world)    # of an epoch
-    left = f"epochs {first + 1} to {args.epochs}" if first < args.epochs else "no epoch left"
     if rank == 0:
         print(*lines, f"{len(train_cases)} cases to train on, {len(val_cases)} to validate; {device.type} x "
-              f"{world}, {settings['precision']}; {left} of {steps} steps", sep="\n", flush=True)
+              f"{world}, {settings['precision']}; {first} of {args.epochs} epochs of {steps} steps are done",
+              sep="\n", flush=True)
+    if first == args.epochs:
+        return
     schedule = [(epoch, case) for epoch in range(first, args.epochs)
                 for case in epoch_order(train_cases, args.seed, epoch, world)[rank::world]]
     samples = iter(DataLoader(    # one for all epochs, so that its workers read on while an epoch ends
@@ -295,8 +300,7 @@ def train(args, rank, world, device):
                 raise sample
             image, labels, seed, doubtful = sample
             image, labels = (volume.to(device, non_blocking=True) for volume in (image, labels))
-            lr = cosine(args.lr, epoch * steps + step, args.epochs * steps)
-            optimizer.param_groups[0]["lr"] = lr
+            lr = optimizer.param_groups[0]["lr"] = cosine(args.lr, epoch * steps + step, args.epochs * steps)
             losses = compute_losses(model, image, labels, seed, args.barlow_weight, args.lambd, autocast)
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(losses[0]).backward()
@@ -310,8 +314,7 @@ def train(args, rank, world, device):
         if world > 1:
             dist.all_reduce(sums)
         *means, doubtful = (sums / (steps * world)).tolist()    # doubtful: a share
-        # In float16 a step may overflow, which the scaler leaves out: there the weights alone tell.
-        check_finite(epoch, 0.0 if scaler.is_enabled() else means[0], views)
+        check_finite(epoch, means[0], views)
         scores, better = [], False
         if val_cases and ((epoch + 1) % args.validate_every == 0 or epoch + 1 == args.epochs):
             scores = validate(network, val_cases, args.crop, autocast, rank, world, device)

@@ -5,7 +5,7 @@
 Each side of a row runs in a process of its own. They take turns: once untimed, then five times.
 Ours has KEPT in its environment, as README tells users of a CPU; a rival runs as a process starts.
 DIR holds real cases, of which the first is used; without it a synthetic one is made. A GPU adds rows.
---quick tries the script out. --write puts the table into benchmarks/README.md.
+--quick tries the script out. --write puts the table into benchmarks/README.md, and in short into README.md.
 Needs benchmarks/requirements.txt; a rival is imported where it runs.
 """
 
@@ -358,12 +358,22 @@ def page(lines):
     return "\n".join(text) + "\n"
 
 
+def in_short(lines):
+    """README's table: for each row what ours takes, and how many times that the rivals do."""
+    text = ["| what | ours | times ours |", "|---|---|---|"]
+    for what, group in itertools.groupby(lines, lambda line: line["what"]):
+        first, *others = group
+        rivals = "; ".join(f"{line['rival']} {line['ratio']:.3g}" for line in (first, *others))
+        text.append(f"| {what} | {first['ours']:.3g} {first['unit']} | {rivals} |")
+    return "\n".join(text) + "\n"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, metavar="DIR", help="real cases (default: a synthetic one)")
     parser.add_argument("--quick", action="store_true", help="every row once, and smaller")
     parser.add_argument("--csv", type=Path, default=Path("speed.csv"), help="(default: %(default)s)")
-    parser.add_argument("--write", action="store_true", help="put the table into benchmarks/README.md")
+    parser.add_argument("--write", action="store_true", help="put the table into both README.md")
     args = parser.parse_args()
     lines = []
     os.environ["PYTHONWARNINGS"] = "ignore"    # the rivals' own
@@ -382,9 +392,10 @@ def main():
     write_csv(args.csv, lines)
     print(text := page(lines))
     if args.write:
-        readme = ROOT / "benchmarks" / "README.md"
         block = re.compile("(?<=<!-- table: speed -->\n).*?(?=<!-- end -->)", re.DOTALL)
-        readme.write_text(block.sub(lambda _: text, readme.read_text(encoding="utf-8")), encoding="utf-8")
+        for readme, table in ("benchmarks/README.md", text), ("README.md", in_short(lines)):
+            page_text = (ROOT / readme).read_text(encoding="utf-8")
+            (ROOT / readme).write_text(block.sub(lambda _: table, page_text), encoding="utf-8")
 
 
 if __name__ == "__main__":

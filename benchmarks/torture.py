@@ -69,7 +69,7 @@ def printed(out):
 
 def wait_for_training(out, start, roots):
     """Until the run's start number `start` has got as far as training, or a process has ended."""
-    while printed(out).count("; epochs ") < start and all(root.poll() is None for root in roots):
+    while printed(out).count(" epochs of ") < start and all(root.poll() is None for root in roots):
         time.sleep(0.01)
 
 
@@ -145,7 +145,7 @@ def kill_ranks(alone, seconds, kills, rng, agents):
         time.sleep(rng.uniform(0, 0.7 * seconds))    # before it is leaving already
         os.kill(rng.choice([child for root in roots for child in children(root.pid)]), signal.SIGKILL)
         codes = [root.wait() for root in roots]
-        assert codes == [0] * agents and printed(out).count("; epochs ") == 2, f"{codes}\n{printed(out)}"
+        assert codes == [0] * agents and printed(out).count(" epochs of ") == 2, f"{codes}\n{printed(out)}"
         unlike += ends_unlike(out, alone)
     return f"{kills} ranks killed and started again, {kills} runs ended", unlike
 

@@ -2,7 +2,7 @@
 
     python examples/quickstart.py [--out quickstart] [--seed 0]
 
-Runs the project's own commands one after the other and prints each before it runs.
+Prints each of the project's own commands and runs it, two trainings at a time.
 Settings that are not the paper's, so that a CPU will do, with the paper's in brackets:
 32 synthetic cases [1,251 patients] of 48x48x40 voxels [240x240x155], 4 folds [5],
 32 epochs of 24 steps [300 of 250] of one case [4], crops of 32x32x32 [192x192x144], 4 filters [32],
@@ -39,8 +39,8 @@ def run(*commands):
     processes = [subprocess.Popen(command, **settings) for command in commands]
     for lines in () if alone else zip_longest(*(process.stdout for process in processes), fillvalue=""):
         print(*(f"{i}: {line}" for i, line in enumerate(lines, 1) if line), sep="", end="", flush=True)
-    if code := max(process.wait() for process in processes):
-        sys.exit(code)
+    if failed := [code for process in processes if (code := process.wait())]:
+        sys.exit(failed[0])
 
 
 def print_scores(rows, header=True):
@@ -96,7 +96,7 @@ def main():
     alone = print_scores([(f"fold {fold} alone", out / f"test-fold{fold}.csv") for fold in FOLDS])
     print_scores([(f"{method} of all four", out / f"test-{method}.csv") for method in METHODS], header=False)
     print(f"Chance moves every row: the four networks differ by up to {max(alone) - min(alone):.4f} in mean "
-          "Dice, though only their folds do; another --seed, and another machine's rounding, move them too.")
+          "Dice, and but for their folds they are trained alike; another --seed or machine moves rows too.")
     minutes = (time.monotonic() - start) / 60
     print(f"\n{at}/figure.png shows a case of the test cohort; done in {minutes:.1f} minutes")
 
