@@ -226,7 +226,8 @@ def load_checkpoint(path):
         kept = {name: checkpoint[name] for name in ("settings", "train_cases", "val_cases")}
         return {"model": model.float().eval(), **kept}
     except Exception as error:    # whatever torch.load's unpickler and zip reader meet
-        what = getattr(error, "strerror", None) or f"{type(error).__name__}: {str(error)[:150]}"
+        first, *_ = str(error).split(". ")    # sentence; torch.load's next tells how to run what a file holds
+        what = getattr(error, "strerror", None) or f"{type(error).__name__}: {first[:150]}"
         raise InputError(f"--checkpoints {path}: cannot be loaded ({what}), expected best.pt or last.pt of "
                          "train.py's, for 4 channels and 3 regions") from None
 

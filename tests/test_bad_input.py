@@ -26,7 +26,7 @@ def is_one_line(result, script, *words):
     """The end that a user's mistake has: (exit code, stdout, stderr)."""
     code, _, printed = result
     lines = printed.splitlines()
-    assert code == 2 and len(lines) == 1 and len(printed) < 500, printed
+    assert code == 2 and len(lines) == 1 and len(printed) < 500 and lines[0].isprintable(), printed
     assert lines[0].startswith(f"{script}: error: ")
     assert all(str(word).lower() in lines[0].lower() for word in words), (words, printed)
     return True
