@@ -392,7 +392,7 @@ def main():
     write_csv(args.csv, lines)
     print(text := page(lines))
     if args.write:
-        block = re.compile("(?<=<!-- table: speed -->\n).*?(?=<!-- end -->)", re.DOTALL)
+        block = re.compile("(?<=<!-- speed -->\n).*?(?=<!-- end -->)", re.DOTALL)
         for readme, table in ("benchmarks/README.md", text), ("README.md", in_short(lines)):
             page_text = (ROOT / readme).read_text(encoding="utf-8")
             (ROOT / readme).write_text(block.sub(lambda _: table, page_text), encoding="utf-8")
