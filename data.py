@@ -10,6 +10,7 @@ The file stands alone: PyTorch, NumPy and nibabel. As a command it checks a coho
 """
 
 import argparse
+import gzip
 import io
 import logging
 import math
@@ -18,9 +19,7 @@ import re
 import sys
 import time
 import uuid
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -190,20 +189,19 @@ def regions_to_labels(regions, et_label=4):
 
 # ---- cohorts: what files are called, and what labels mean -------------------------------------------------
 
-IN_MEMORY = ((1,), (2,), (4,))    # our labels of necrosis, oedema, enhancing tumour, whatever a file's are
-
 
 class Naming(NamedTuple):
     """A cohort's files and labels. A template is the end of a path, less .nii or .nii.gz; {} is the case."""
     cohort: str
     images: tuple             # templates of t1, t1ce, t2, flair; t1ce's tells one naming from another
     segmentation: str         # its template
-    labels: tuple             # the file's, as IN_MEMORY; of several the first is written; () if not known
+    labels: tuple             # of necrosis, oedema, enhancing; the first of several is written; () unknown
     background: tuple = ()    # the file's other labels
     case: str = "[^/]+"       # pattern of {}
     channels: tuple = (None, None, None, None)    # of t1, t1ce, t2, flair in a 4-D file
 
 
+IN_MEMORY = ((1,), (2,), (4,))    # our labels, whatever a file's are
 _BRATS_2023 = ("{}-t1n", "{}-t1c", "{}-t2w", "{}-t2f")
 NAMINGS = (
     Naming("BraTS 2017-2021", ("{}_t1", "{}_t1ce", "{}_t2", "{}_flair"), "{}_seg", IN_MEMORY),
@@ -229,19 +227,15 @@ class InputError(ValueError):
 
 
 def list_volumes(root):
-    """The sorted paths of all volumes below `root`, each linked folder once. Raises InputError."""
+    """The sorted paths of all volumes below `root`. Raises InputError for a folder that cannot be listed."""
     def refuse(error):
         raise InputError(f"{error.filename}: {error.strerror}, expected a folder that can be listed")
 
-    paths, seen = [], set()
-    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=refuse):
-        if os.path.realpath(folder) in seen or re.search(r"\.nii(\.gz)?$", folder):
-            subfolders.clear()    # some archives unpack x.nii into a folder x.nii, which is refused when read
-        else:
-            found = filter(re.compile(r"[^.].*\.nii(\.gz)?").fullmatch, files + subfolders)
-            paths += [Path(folder, name) for name in found]
-        seen.add(os.path.realpath(folder))
-    return sorted(paths)
+    volume = re.compile(r".*/[^./][^/]*\.nii(\.gz)?")
+    paths = [os.path.join(folder, name) for folder, folders, files in
+             os.walk(root, onerror=refuse, followlinks=True) if not volume.fullmatch(folder)
+             for name in files + folders]    # some archives unpack x.nii into a folder of that name: refused
+    return sorted(map(Path, filter(volume.fullmatch, paths)))
 
 
 def match(naming, template, path):
@@ -251,11 +245,7 @@ def match(naming, template, path):
 
 
 def choose_naming(root, paths, names, labels):
-    """The one naming that the paths follow, or that of --names and --labels. Raises InputError."""
-    if names is not None and len(names) != 5:
-        raise InputError(f"--names {' '.join(names)}: expected five endings, '_t1 _t1ce _t2 _flair _seg'")
-    if labels and len({0, *sum(labels, ())} & set(range(256))) < 1 + len(sum(labels, ())):
-        raise InputError(f"--labels {labels}: expected different numbers from 1 to 255")
+    """The one naming that the paths follow, with --names and --labels in place of it. Raises InputError."""
     namings = NAMINGS
     if names:
         *images, segmentation = ["{}" + re.escape(name) for name in names]
@@ -265,12 +255,13 @@ def choose_naming(root, paths, names, labels):
         what = " and ".join(f"files of {naming.cohort}" for naming in found) or "no case"
         raise InputError(f"{root}: {what}, expected <case>_{{t1,t1ce,t2,flair,seg}}.nii.gz, another naming "
                          "of README's, or --names; python examples/phantom.py DIR makes a cohort")
-    labels = tuple(labels or found[0].labels)
-    if not labels:
-        raise InputError(f"{root}: what labels mean does not follow from {found[0].cohort}, expected "
-                         "--labels (BraTS-PED: 1 2 3 in 2023, 2,3 4 1 from 2024 on)")
-    rest = tuple(label for label in found[0].background if label not in sum(labels, ()))
-    return found[0]._replace(labels=labels, background=rest)
+    labels = labels or found[0].labels
+    known = sum(labels, ())
+    if not labels or len({0, *known} & {*range(256)}) <= len(known):
+        raise InputError(f"{root}: labels {labels or 'unknown'} of {found[0].cohort}, expected --labels, "
+                         "different numbers up to 255 (BraTS-PED: 1 2 3 in 2023, 2,3 4 1 from 2024 on)")
+    rest = tuple(label for label in found[0].background if label not in known)
+    return found[0]._replace(labels=tuple(labels), background=rest)
 
 
 def find_cases(root, names=None, labels=None):
@@ -288,13 +279,10 @@ def find_cases(root, names=None, labels=None):
                 raise InputError(f"{path}: {found[name][kind]} is there too, expected one {kind} a case")
     for name, files in sorted(found.items()):
         folder = next(iter(files.values())).parent
-        if "seg" not in files and naming.cohort == NAMINGS[0].cohort:
-            famous = list(folder.glob("[!.]*_Segm.nii*"))    # BraTS20_Training_355's
-            here = [case for case, those in found.items() if next(iter(those.values())).parent == folder]
-            files |= {"seg": famous[0]} if len(famous) == len(here) == 1 else {}
+        if folder.name == name and len(famous := [*folder.glob("[!.]*_Segm.nii*")]) == 1:
+            files.setdefault("seg", famous[0])    # BraTS20_Training_355's
         ends = [template.replace("\\", "").replace("{}", name).split("/")[-1] for template in naming.images]
-        wanted = [folder / f"{end}.nii.gz" for end in ends]
-        images = tuple(files.get(kind, path) for kind, path in zip(MODALITIES, wanted))
+        images = tuple(files.get(kind, folder / f"{end}.nii.gz") for kind, end in zip(MODALITIES, ends))
         patient = re.sub(r"(?<=-\d{5})-\d{3}$|_FU.*$|(?<=UPENN-GBM-\d{5})_\d\d$", "", name)
         if set(files) != {"seg"}:
             cases.append(Case(name, patient, images, files.get("seg"), naming))
@@ -356,14 +344,10 @@ def read_labels(path, labels=IN_MEMORY, background=()):
     A number within 0.01 of an integer counts as that. Raises InputError for any other label.
     """
     array, affine = read_volume(path)
-    table = np.full(257, 255, np.uint8)    # theirs -> ours, 255 for none; 256 is no label at all
-    table[[0, *background]] = 0
-    for ours, theirs in zip((1, 2, 4), labels):
-        table[list(theirs)] = ours
-    with np.errstate(invalid="ignore"):
-        nearest = np.rint(array) if array.dtype.kind == "f" else array    # integers are quicker as they are
-        known = (nearest >= 0) & (nearest < 256) & (nearest is array or abs(array - nearest) < 0.01)
-        found = table[np.where(known, nearest, np.int16(256)).astype(np.int16)]
+    found = np.full(array.shape, 255, np.uint8)    # 255: none of those we know
+    for ours, theirs in zip((0, 1, 2, 4), ((0, *background), *labels)):
+        for label in theirs:
+            found[abs(array - np.int16(label)) < 0.01] = ours
     if (found == 255).any():
         wrong = ", ".join(f"{value:.7g}" for value in np.unique(array[found == 255])[:3])
         expected = ", ".join(map(str, sorted({0, *background, *sum(labels, ())})))
@@ -420,8 +404,7 @@ def save_volume(path, volume, like, labels=IN_MEMORY):
     """
     like, array = nib.load(like), np.asarray(volume)
     if array.ndim == 3:
-        table = np.array([0, labels[0][0], labels[1][0], 0, labels[2][0]], np.uint8)
-        array = table[array]
+        array = np.array([0, labels[0][0], labels[1][0], 0, labels[2][0]], np.uint8)[array]
     else:
         array = np.moveaxis(array, 0, -1)    # (D, H, W, 3)
     from_lps = nib.orientations.ornt_transform(LPS, nib.io_orientation(like.affine))
@@ -430,17 +413,15 @@ def save_volume(path, volume, like, labels=IN_MEMORY):
     header.set_data_shape(array.shape)
     header.set_data_dtype(array.dtype)
     header["cal_min"] = header["cal_max"] = 0    # the display range of `like` means nothing here
-    with whole_file(path) as part:
-        nib.save(nib.Nifti1Image(array, like.affine, header), part)
+    write_whole(path, gzip.compress(nib.Nifti1Image(array, like.affine, header).to_bytes(), 1))
 
 
-@contextmanager
-def whole_file(path, prefix=".part"):
-    """Gives a path to write to, then renames it to `path`: all of it or nothing. An OSError names `path`."""
-    part = Path(path).with_name(f"{prefix}-{Path(path).name}")
+def write_whole(path, content, prefix=".part"):
+    """Writes bytes to a file: all of them or nothing, by a rename. Raises OSError, which names `path`."""
+    part = path.with_name(f"{prefix}-{path.name}")
     try:
-        yield part
-        with open(part, "r+b") as file:
+        with open(part, "wb") as file:
+            file.write(content)
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
@@ -451,11 +432,10 @@ def whole_file(path, prefix=".part"):
 
 
 def save_tensors(path, content, prefix=".part"):
-    """torch.save, all of it or nothing. Raises OSError."""
-    buffer = io.BytesIO()    # to a full disk torch.save raises a RuntimeError
+    """torch.save, all of it or nothing. Raises OSError; torch.save to a full disk raises a RuntimeError."""
+    buffer = io.BytesIO()
     torch.save(content, buffer)
-    with whole_file(path, prefix) as part:
-        part.write_bytes(buffer.getbuffer())
+    write_whole(path, buffer.getbuffer(), prefix)
 
 
 # ---- the prepared case, and its cache ---------------------------------------------------------------------
@@ -489,10 +469,7 @@ def prepare(case, cache=None):
     """
     entry = cache and cache_entry(case, cache)
     if entry and entry.exists():
-        try:
-            return torch.load(entry, mmap=True, weights_only=True)    # a crop reads its own bytes alone
-        except Exception:    # whatever the unpickler and the zip reader meet
-            raise InputError(f"{entry}: cannot be loaded, expected a prepared case; delete it") from None
+        return torch.load(entry, mmap=True, weights_only=True)    # a crop reads its own bytes alone
     image, target, affine = load_case(case)
     box = brain_box(image.any(0) | target[2])    # labels may reach beyond the brain
     inside = (slice(None), *(slice(lo, hi) for lo, hi in box))
@@ -521,25 +498,24 @@ def folder(text):
     return Path(text).expanduser()
 
 
-def label_list(text):
-    """An argparse type: "2,3" -> (2, 3)."""
-    return tuple(map(int, text.split(",")))
-
-
 def add_cohort_flags(parser):
-    parser.add_argument("--names", type=str.split, metavar="ENDINGS",
-                        help="of a cohort that README does not list: '_T1 _T1c _T2 _FLAIR _seg'")
-    parser.add_argument("--labels", nargs=3, type=label_list,
-                        metavar=("NECROSIS", "OEDEMA", "ENHANCING"), help="comma lists, if names do not tell")
+    def five_endings(text):
+        t1, t1ce, t2, flair, seg = text.split()
+        return t1, t1ce, t2, flair, seg
+
+    def label_list(text):
+        return tuple(map(int, text.split(",")))    # "2,3" -> (2, 3)
+
+    parser.add_argument("--names", type=five_endings, help="of another cohort: '_T1 _T1c _T2 _FLAIR _seg'")
+    parser.add_argument("--labels", nargs=3, type=label_list, metavar=("NECROSIS", "OEDEMA", "ENHANCING"),
+                        help="comma lists, if names do not tell")
 
 
 def run_command(main):
     """Runs main() -> exit code. What the user can mend is one line and exit code 2; Ctrl-C is 130."""
-    sys.stdout.reconfigure(errors="replace")    # a log need not be UTF-8
-    code = 2
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)    # a log need not be UTF-8
     try:
         code = main()
-        sys.stdout.flush()
     except SystemExit as end:    # argparse's
         code = end.code
     except KeyboardInterrupt:
@@ -553,24 +529,19 @@ def run_command(main):
         text = str(error)
         if isinstance(error, OSError):
             text = f"{error.filename or 'output'}: {error.strerror or error}"
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(text.split())}", file=sys.stderr)
         code = 2
-    try:
-        sys.stdout.flush()
-    except OSError:    # said above, or --help into a closed pipe
-        code = code or 141
-    if code:
-        os._exit(code)    # not through an exit that waits for the threads of other libraries
+    os._exit(code or 0)    # not through an exit that waits for the threads of other libraries
 
 
-def check_case(case):
-    """-> (shape, doubts, voxels of ET, TC, WT or None), or the InputError of a case that cannot be used."""
+def check(case):
+    """-> what is wrong with a case, the voxels of ET, TC, WT or None, and whether it can be used"""
     try:
         image, target, affine = load_case(case)
     except InputError as error:
-        return error
+        return [f"error: {error}"], None, False
     sizes = None if target is None else target.sum((1, 2, 3)).tolist()
-    return "x".join(map(str, image.shape[1:])), doubts(image, affine), sizes
+    return [f"warning: {case.name}: {doubt}" for doubt in doubts(image, affine)], sizes, True
 
 
 def main():
@@ -581,13 +552,10 @@ def main():
     cases, results, start = find_cases(args.root, args.names, args.labels), [], time.monotonic()
     print(f"{args.root}: {describe(cases)}")
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:    # unpacking releases the interpreter's lock
-        for result in pool.map(check_case, cases):
+        for result in pool.map(check, cases):
             results.append(result)
             show_progress("checking", len(results), len(cases), start)
-    good = {case.name: result for case, result in zip(cases, results) if not isinstance(result, InputError)}
-    shapes = Counter(shape for shape, _, _ in good.values())
-    print("  shapes: " + ", ".join(f"{shape} ({n})" for shape, n in shapes.most_common()))
-    for region, sizes in zip(REGIONS, zip(*(sizes for _, _, sizes in good.values() if sizes))):
+    for region, sizes in zip(REGIONS, zip(*(sizes for _, sizes, _ in results if sizes))):
         print(f"  {region}: mean {np.mean(sizes):,.0f} voxels, empty in {sizes.count(0)} of {len(sizes)}")
     known = {path for case in cases for path in (*case.images, case.label)}
     strangers = [str(path) for path in list_volumes(args.root) if path not in known]
@@ -595,10 +563,10 @@ def main():
     for what, found in (("cases have no segmentation", bare), ("volumes belong to no case", strangers)):
         if found:
             print(f"  {len(found)} {what}: {', '.join(found[:3])}{' ...' * (len(found) > 3)}")
-    print(*(f"  warning: {name}: {doubt}" for name, (_, found, _) in good.items() for doubt in found),
-          *(f"  error: {result}" for result in results if isinstance(result, InputError)),
-          f"{len(good)} of {len(cases)} cases can be used", sep="\n")
-    return int(len(good) < len(cases))
+    good = sum(usable for _, _, usable in results)
+    print(*(f"  {line}" for lines, _, _ in results for line in lines),
+          f"{good} of {len(cases)} cases can be used", sep="\n")
+    return int(good < len(cases))
 
 
 if __name__ == "__main__":

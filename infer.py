@@ -3,7 +3,7 @@
     python infer.py CASE_OR_COHORT ... --checkpoints runs/fold*/best.pt    # ensembled as in section 3.2
     python infer.py COHORT --checkpoints runs/fold*/best.pt --held-out     # Table 2
     torchrun --nproc_per_node=4 infer.py ...                               # cases shared out over four GPUs
-    python infer.py --score PREDICTIONS --truth COHORT                     # any folder of <case>.nii.gz
+    python infer.py COHORT --score PREDICTIONS                             # any folder of <case>.nii.gz
 
 Writes OUT/<case>.nii.gz, in the labels of the case's cohort, and with --probabilities OUT/probabilities/
 <case>.nii.gz, float32, X, Y, Z, 3 in ET, TC, WT. Cases with a segmentation are scored: OUT.csv and a table.
@@ -12,6 +12,7 @@ Exit code 0: done, 1: some cases failed (listed at the end), 2: a mistake in the
 
 import argparse
 import csv
+import io
 import itertools
 import math
 import os
@@ -32,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data import (REGIONS, InputError, add_cohort_flags, brain_box, check_same_grid, describe, doubts,
                   find_cases, folder, labels_to_regions, load_case, normalize, read_labels, regions_to_labels,
-                  run_command, save_volume, show_progress, whole_file)
+                  run_command, save_volume, show_progress, write_whole)
 from ensemble import METHODS
 from segresnet import SegResNet
 
@@ -166,10 +167,11 @@ COLUMNS = [f"{measure}_{region.lower()}" for measure in ("dice", "hd95") for reg
 
 def write_csv(path, rows):
     """Dicts of one set of keys -> CSV, all of it or nothing. Raises OSError."""
-    with whole_file(path) as part, open(part, "w", newline="", encoding="utf-8", errors="replace") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue().encode(errors="replace"))
 
 
 def print_table(rows):
@@ -261,50 +263,38 @@ def free_shared_memory():
 
 
 class Volumes(Dataset):
-    """What is read ahead of a case: volume, affine, does it look unsuitable, truth as of `read_truth`.
+    """A case each: image (4, D, H, W) float32, normalised, truth (3, D, H, W) bool or None, affine, doubt.
 
-    The volume is the image (4, D, H, W) float32, normalised, or labels (D, H, W) uint8 from a folder of
-    predictions. Where it cannot be read it is the InputError, which raised in a reading process would arrive
-    as a traceback.
+    Where it cannot be read: the InputError, which raised in a reading process would arrive as a traceback.
     """
 
-    def __init__(self, cases, predictions=None):
-        self.cases, self.predictions = cases, predictions
+    def __init__(self, cases):
+        self.cases = cases
 
     def __len__(self):
         return len(self.cases)
 
     def __getitem__(self, index):
-        case = self.cases[index]
         try:
-            if self.predictions:
-                path = self.predictions / f"{case.name}.nii.gz"
-                (volume, affine), doubt = read_labels(path, case.naming.labels), False
-            else:
-                image, _, affine = load_case(case._replace(label=None))
-                volume, doubt = normalize(image), bool(doubts(image, affine))
+            image, truth, affine = load_case(self.cases[index])
         except InputError as error:
-            return error, None, False, None
-        return volume, affine, doubt, read_truth(case, volume[-1] if volume.ndim == 4 else volume, affine)
+            return error
+        return normalize(image), truth, affine, bool(doubts(image, affine))
 
 
-def read_ahead(cases, predictions=None):
+def read_ahead(cases):
     """An iterable over `Volumes`, of which one process reads the next while this one is in use."""
     workers = 1 if free_shared_memory() > 3 * 2**28 else 0    # room for three images on their way
-    volumes = Volumes(cases, predictions)
-    return DataLoader(volumes, batch_size=None, num_workers=workers, timeout=600 * workers)
+    return DataLoader(Volumes(cases), batch_size=None, num_workers=workers, timeout=600 * workers)
 
 
-def read_truth(case, volume, affine):
-    """A case's labels on the voxels of `volume`, both (D, H, W); None without segmentation; or InputError."""
-    if case.label is None:
-        return None
-    try:
-        labels, its_affine = read_labels(case.label, case.naming.labels, case.naming.background)
-        check_same_grid(case.label, labels, its_affine, case.images[0], volume, affine)
-        return labels
-    except InputError as error:    # as a value: the case is predicted all the same
-        return error
+def read_prediction(case, folder):
+    """A folder's segmentation of a case, truth, affine and doubt, as of `Volumes`. Raises InputError."""
+    path = folder / f"{case.name}.nii.gz"
+    labels, affine = read_labels(path, case.naming.labels)
+    truth, its_affine = read_labels(case.label, case.naming.labels, case.naming.background)
+    check_same_grid(path, labels, affine, case.label, truth, its_affine)
+    return labels, labels_to_regions(truth), affine, False
 
 
 def predict_case(case, image, checkpoints, args):
@@ -335,17 +325,16 @@ def run(cases, chosen, args, rank):
     chosen: {case's name: the checkpoints that predict it}.
     """
     rows, failures, doubtful, start = [], [], [], time.monotonic()
-    for done, (case, read) in enumerate(zip(cases, read_ahead(cases, args.score)), 1):
+    ahead = itertools.repeat(None) if args.score else read_ahead(cases)
+    for done, (case, read) in enumerate(zip(cases, ahead), 1):
         try:
-            volume, affine, doubt, truth = read
-            if isinstance(volume, InputError):
-                raise volume
+            if isinstance(read, InputError):
+                raise read
+            volume, truth, affine, doubt = read or read_prediction(case, args.score)
             doubtful += [case.name] * doubt
             labels = volume if args.score else predict_case(case, volume, chosen[case.name], args)
-            if isinstance(truth, InputError):
-                raise truth
             if truth is not None:
-                scores = score(labels, labels_to_regions(truth), nib.affines.voxel_sizes(np.asarray(affine)))
+                scores = score(labels, truth, nib.affines.voxel_sizes(np.asarray(affine)))
                 folds = [c["settings"]["fold"] for c in chosen[case.name]] if args.held_out else []
                 rows.append({"case": case.name, "fold": "/".join(sorted(set(folds))),
                              **{column: f"{value:.6g}" for column, value in zip(COLUMNS, scores)}})
@@ -354,7 +343,7 @@ def run(cases, chosen, args, rank):
         if rank == 0:
             show_progress("cases", done, len(cases), start)
             if not sys.stdout.isatty():
-                print(f"{done}/{len(cases)} {case.name}", flush=True)
+                print(f"{done}/{len(cases)} {case.name}")
     return rows, failures, doubtful
 
 
@@ -364,28 +353,23 @@ def run(cases, chosen, args, rank):
 def parse_arguments():
     parser = argparse.ArgumentParser(description="Predicts, ensembles and scores cases.")
     add = parser.add_argument
-    add("cases", nargs="*", type=folder, metavar="CASE_OR_COHORT", help="folders, searched with all below")
-    add("--checkpoints", nargs="+", type=folder, default=[], metavar="FILE", help="best.pt or last.pt")
+    add("cases", nargs="+", type=folder, metavar="CASE_OR_COHORT", help="folders, searched with all below")
+    what = parser.add_mutually_exclusive_group(required=True).add_argument
+    what("--checkpoints", nargs="+", type=folder, default=[], metavar="FILE", help="best.pt or last.pt")
+    what("--score", type=folder, metavar="PREDICTIONS", help="a folder of <case>.nii.gz to score instead")
     add("--out", type=folder, default=Path("predictions"), help="gets <case>.nii.gz (default: %(default)s)")
     add("--ensemble", choices=METHODS, default="confidence", help="of several (default: %(default)s)")
     add("--held-out", action="store_true", help="a case by the networks that were validated on it: Table 2")
     add("--flips", action="store_true", help="average over all 8 mirrorings, eight times the work")
     add("--probabilities", action="store_true", help="write the ensembled maps to OUT/probabilities as well")
-    add("--score", type=folder, metavar="PREDICTIONS", help="a folder of <case>.nii.gz to score instead")
-    add("--truth", type=folder, metavar="COHORT", help="the cases to score PREDICTIONS against")
     add_cohort_flags(parser)
-    args = parser.parse_args()
-    if [bool(args.cases), bool(args.checkpoints), bool(args.score), bool(args.truth)] not in (
-            [True, True, False, False], [False, False, True, True]) or args.score and args.held_out:
-        parser.error("expected CASE_OR_COHORT and, after it, --checkpoints, which takes all that follows; "
-                     "or --score PREDICTIONS and --truth COHORT alone")
-    return args
+    return parser.parse_args()
 
 
 def gather_cases(args):
     """The cases below all folders of the call, {name: case}. Raises InputError for two of one name."""
     cases = {}
-    for root in args.cases or [args.truth]:
+    for root in args.cases:
         for case in find_cases(root, args.names, args.labels):
             if cases.setdefault(case.name, case).images != case.images:
                 raise InputError(f"{case.images[0]}: {cases[case.name].images[0]} has the same name, "
@@ -414,7 +398,7 @@ def main():
     chosen = {} if args.score else choose_checkpoints(args, cases.values())
     cases = [case for name, case in sorted(cases.items()) if name in chosen or args.score and case.label]
     if not cases:
-        raise InputError(f"--truth {args.truth}: no case has a segmentation, expected some")
+        raise InputError(f"{args.cases[0]}: no case has a segmentation, expected some to --score against")
     if not args.score:
         for place in (args.out, args.out / "probabilities"):    # before ranks meet: none has written yet
             if there := next(place.glob("[!.]*.nii.gz"), None):
@@ -425,10 +409,9 @@ def main():
         move_to(device, checkpoint["model"])
     seen = sum(any(name in c["train_cases"] for c in those) for name, those in chosen.items())
     if rank == 0:
-        print(describe(cases), flush=True)
+        print(describe(cases))
         if seen:
-            print(f"warning: {seen} cases were trained on by a network that predicts them; see --held-out",
-                  flush=True)
+            print(f"warning: {seen} cases were trained on by a network that predicts them; see --held-out")
     ours = run(cases[rank::world], chosen, args, rank)
     found = [ours] * world
     if world > 1:

@@ -167,14 +167,14 @@ def validate(network, cases, crop, autocast, rank, world, device):
     """The mean Dice of ET, TC, WT over whole cases, predicted and painted as `infer.py` would."""
     network.eval()
     total, share = torch.zeros(3, dtype=torch.float64, device=device), cases[rank::world]
-    for image, _, _, truth in read_ahead(share):
-        for volume in (image, truth):
-            if isinstance(volume, InputError):
-                raise volume
+    for read in read_ahead(share):
+        if isinstance(read, InputError):
+            raise read
+        image, truth, *_ = read
         with autocast:
             probabilities = predict(network, image, choose_window(image, crop))
         painted = labels_to_regions(regions_to_labels(probabilities > 0.5))
-        total += total.new_tensor([dice(p, t) for p, t in zip(painted, labels_to_regions(truth))])
+        total += total.new_tensor([dice(p, t) for p, t in zip(painted, truth)])
     if world > 1:
         dist.all_reduce(total)
     network.train()
@@ -284,7 +284,7 @@ def train(args, rank, world, device):
     if rank == 0:
         print(*lines, f"{len(train_cases)} cases to train on, {len(val_cases)} to validate; {device.type} x "
               f"{world}, {settings['precision']}; {first} of {args.epochs} epochs of {steps} steps are done",
-              sep="\n", flush=True)
+              sep="\n")
     if first == args.epochs:
         return
     schedule = [(epoch, case) for epoch in range(first, args.epochs)
@@ -329,10 +329,10 @@ def train(args, rank, world, device):
             saved |= {name: part.state_dict() for name, part in parts.items()}
             saved |= {"finished": epoch + 1 == args.epochs, "best": best, "log": log}
             save_tensors(args.out / "last.pt", saved)    # after the others, since all follows from it
-            print("  ".join(f"{name} {value}" for name, value in log[-1].items() if value != ""), flush=True)
+            print("  ".join(f"{name} {value}" for name, value in log[-1].items() if value != ""))
             if doubtful and epoch == first:
                 print(f"warning: {doubtful * len(train_cases):.0f} cases look unsuitable; data.py says which "
-                      "and how", flush=True)
+                      "and how")
 
 
 # ---- the command ------------------------------------------------------------------------------------------

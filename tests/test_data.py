@@ -393,15 +393,6 @@ def test_other_sources_and_other_labels_are_other_entries(cohort, case, tmp_path
     assert len(list(cache.iterdir())) == 4
 
 
-def test_a_damaged_entry_is_one_line(case, tmp_path):
-    prepare(case, tmp_path)
-    (path,) = tmp_path.glob("*.pt")
-    for content in (path.read_bytes()[:-100], b"", b"text"):
-        path.write_bytes(content)
-        with pytest.raises(InputError, match=f"{path}: .*delete"):
-            prepare(case, tmp_path)
-
-
 def fill(cache, case, barrier):
     torch.set_num_threads(1)    # as a loader's worker, for OpenMP does not survive a fork
     for _ in range(20):

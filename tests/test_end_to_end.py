@@ -49,7 +49,7 @@ def test_merged_maps_are_the_ensemble_in_one_go(call, cohort, both, tmp_path):
         call("infer.py", cohort, "--checkpoints", checkpoint, "--probabilities", "--out", out, ok=0)
     call("ensemble.py", "--out", tmp_path / "merged", *(out / "probabilities" for out in singles), ok=0)
     call("infer.py", cohort, "--checkpoints", *both, "--out", tmp_path / "direct", ok=0)
-    call("infer.py", "--score", tmp_path / "merged", "--truth", cohort, ok=0)
+    call("infer.py", cohort, "--score", tmp_path / "merged", ok=0)
     seen = set()
     for case in find_cases(cohort):
         merged, direct = (nib.load(tmp_path / name / f"{case.name}.nii.gz") for name in ("merged", "direct"))
