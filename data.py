@@ -12,7 +12,6 @@ The file stands alone: PyTorch, NumPy and nibabel. As a command it checks a coho
 import argparse
 import gzip
 import io
-import logging
 import math
 import os
 import re
@@ -66,19 +65,15 @@ def random_crop(image, target, size, generator, corner=(0, 0, 0), shape=None):
     zeros elsewhere. A side that is shorter than the crop's gets zeros, half of them before it.
     """
     _check_rank(4, "(C, D, H, W)", image, target)
-    inside, place = [slice(None)], [slice(None)]    # of the box in the image, and in the crop
+    inside, pads = [slice(None)], []
     for n, side, first, s in zip(image.shape[1:], shape or image.shape[1:], corner, size):
         drawn = int(torch.randint(max(side - s, 0) + 1, (), generator=generator))
-        start = drawn - max(s - side, 0) // 2 - first    # in the box
+        start = drawn - max(s - side, 0) // 2 - first    # in the image
         lo, hi = (min(max(end, 0), n) for end in (start, start + s))
+        before = min(max(-start, 0), s)
         inside.append(slice(lo, hi))
-        place.append(slice(lo - start, hi - start))
-    crops = []
-    for volume in (image, target):
-        crop = np.zeros((len(volume), *size), volume.numpy().dtype)    # NumPy takes memory zeroed already
-        crop[tuple(place)] = volume.numpy()[tuple(inside)]
-        crops.append(torch.from_numpy(crop))
-    return tuple(crops)    # (4, *size), (C, *size)
+        pads = [before, s - before - (hi - lo), *pads]    # F.pad begins with the last axis
+    return tuple(F.pad(volume[tuple(inside)], pads) for volume in (image, target))    # (4, *size), (C, *size)
 
 
 def random_flip(image, target, generator):
@@ -313,7 +308,7 @@ def split_folds(cases, folds=5, seed=0):
 
 # ---- reading and writing ----------------------------------------------------------------------------------
 
-logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)    # it logs what it then raises
+nib.imageglobals.logger.setLevel("CRITICAL")    # it logs what it then raises
 MOST_VOXELS = 2**25    # of a volume, four times BraTS's
 LPS = nib.orientations.axcodes2ornt("LPS")
 

@@ -10,7 +10,7 @@ The file stands alone: PyTorch, NumPy and nibabel. As a command it merges folder
 """
 
 import argparse
-import logging
+import gzip
 import os
 import sys
 from pathlib import Path
@@ -80,8 +80,7 @@ METHODS = {"confidence": confidence_ensemble, "geometric": geometric_mean_ensemb
 
 # ---- the command -------------------------------------------------------------------------------------------
 
-
-logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)    # it logs what it then raises
+nib.imageglobals.logger.setLevel("CRITICAL")    # it logs what it then raises
 
 
 class InputError(ValueError):
@@ -144,29 +143,26 @@ def save_labels(path, regions, labels, like):
     header.set_intent("none")    # some tools' maps are "vector"
     part = path.with_name(f".part-{path.name}")
     try:
-        nib.save(type(like)(painted, like.affine, header), part)
-        os.replace(part, path)    # whole or not there
-    except OSError as error:
-        error.filename = str(path)    # a write does not say to which file
-        raise
+        part.write_bytes(gzip.compress(type(like)(painted, like.affine, header).to_bytes(), 1))
+        part.replace(path)    # whole or not there
     finally:
         part.unlink(missing_ok=True)
 
 
-def merge(args):
-    """Merges every case of `args.folders` into `args.out`. Raises InputError and OSError."""
-    names, folders = list_cases(args.folders), [folder.resolve() for folder in args.folders]
-    if len({*folders, args.out.resolve()}) <= len(folders):
-        raise InputError(f"--out {args.out}: FOLDER and --out name one folder twice, expected each once")
-    if args.labels and len({*args.labels} & {*range(1, 256)}) < 3:
-        raise InputError(f"--labels {args.labels}: expected three different numbers from 1 to 255")
-    args.out.mkdir(parents=True, exist_ok=True)
+def merge(folders, out, method, labels):
+    """Merges every case of `folders` into `out`, a line each. Raises InputError and OSError."""
+    names = list_cases(folders)
+    if len({folder.resolve() for folder in (*folders, out)}) <= len(folders):
+        raise InputError(f"--out {out}: FOLDER and --out name one folder twice, expected each once")
+    if labels and len({*labels} & {*range(1, 256)}) < 3:
+        raise InputError(f"--labels {labels}: expected three different numbers from 1 to 255")
+    out.mkdir(parents=True, exist_ok=True)
     for i, name in enumerate(names, 1):
-        maps, first = load_maps([folder / name for folder in args.folders])
-        save_labels(args.out / name, METHODS[args.method](maps) > 0.5, args.labels or labels_of(name), first)
+        maps, first = load_maps([folder / name for folder in folders])
+        save_labels(out / name, METHODS[method](maps) > 0.5, labels or labels_of(name), first)
         del maps    # before the next case's are read
         print(f"{i}/{len(names)} {name}", end="\r" if sys.stdout.isatty() else "\n", flush=True)
-    print(f"{len(names)} cases, {args.method} of {len(folders)} maps each, in {args.out}")
+    print(f"{len(names)} cases, {method} of {len(folders)} maps each, in {out}")
 
 
 def main():
@@ -182,7 +178,7 @@ def main():
     sys.stdout.reconfigure(errors="replace")    # for a name that the log's encoding lacks
     try:
         with np.errstate(all="ignore"):    # of damaged headers, which are refused
-            merge(args)
+            merge(**vars(args))
     except BrokenPipeError:    # a reader such as `head` has left
         os._exit(141)
     except (InputError, OSError) as error:

@@ -92,9 +92,6 @@ class SegResNet(nn.Module):
         super().__init__()
         if norm not in NORMS:
             raise ValueError(f"norm is {norm!r}, expected one of {', '.join(NORMS)}")
-        if norm == "group" and filters % 8:
-            raise ValueError(f"filters is {filters}, expected a multiple of 8: norm 'group' has 8 groups")
-        self.norm = norm
         f = filters
         # Table 1: Name = Ops; the decoder's "+EncoderBlock" stands in features()                Repeat
         self.init_conv = nn.Conv3d(in_channels, f, 3, padding=1, bias=False)                      # 1
@@ -125,9 +122,6 @@ class SegResNet(nn.Module):
         if x.ndim != 5 or any(side < 8 or side % 8 for side in x.shape[2:]):
             raise ValueError(f"input is {tuple(x.shape)}, expected (B, C, D, H, W) with sides that are "
                              "multiples of 8: Table 1 halves them three times")
-        if self.norm != "group" and x.shape[2:] == (8, 8, 8):
-            raise ValueError("input is 8x8x8, expected a side of at least 16: one voxel is left at the last "
-                             "level, and instance norm of one is undefined")
         x0 = self.encoder_block0(self.init_conv(x))             # (B,  f, D,   H,   W)
         x1 = self.encoder_block1(self.encoder_down1(x0))        # (B, 2f, D/2, H/2, W/2)
         x2 = self.encoder_block2(self.encoder_down2(x1))        # (B, 4f, D/4, H/4, W/4)
