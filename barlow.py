@@ -64,9 +64,9 @@ class Projector(nn.Module):
 
         Each quotient is rounded down. Raises ValueError for fewer than two rows: one has no correlation.
         """
-        rows = len(features) * math.prod(side // self.pool for side in features.shape[2:])
-        if features.ndim != 5 or rows < 2:
-            raise ValueError(f"features {tuple(features.shape)} pooled by {self.pool} leave {rows} rows, "
+        count = len(features) * math.prod(side // self.pool for side in features.shape[2:])
+        if features.ndim != 5 or count < 2:
+            raise ValueError(f"features {tuple(features.shape)} pooled by {self.pool} leave {count} rows, "
                              "expected (B, C, D, H, W) and at least 2: use a smaller pool or a larger crop")
         with torch.autocast(features.device.type, enabled=False):
             pooled = F.avg_pool3d(_at_least_float32(features), self.pool)    # (B, C, D/pool, H/pool, W/pool)
@@ -81,8 +81,8 @@ def cross_correlation(z_a, z_b):
 
     Paper: Eq. 2 prints no mean. Here: z is centred over the rows first. Why: [16], its source, assumes it;
     without, a feature that never changes would count as perfectly correlated.
-    Paper: C is "between all combinations of spatial regions", but Eq. 2 sums over the regions, b, and C has
-    "the dimensionality of the network's output". Here: the equation; regions are the samples.
+    Paper: the text correlates "all combinations of spatial regions", Eq. 2 features, summed over regions b.
+    Here: Eq. 2, whose C has "the dimensionality of the network's output". Regions are the samples.
     A feature that is constant over the rows has correlation 0 and gradient 0. NaN stays NaN.
     Raises ValueError for unequal shapes or fewer than two rows.
     """
@@ -103,18 +103,17 @@ def _centred_unit_columns(z):
     return torch.where(constant, 0, centred / torch.where(constant, 1, length))
 
 
-def barlow_twins_terms(z_a, z_b):
-    """Eq. 1's two terms, each a sum over entries of C and >= 0, the second still without its lambda."""
+def barlow_twins_terms(z_a, z_b, lambd=0.005):
+    """The two terms of Eq. 1, as Eq. 3 has them: L_invariance and L_redundancy, the second times lambda."""
     c = cross_correlation(z_a, z_b)
     on_diagonal = c.diagonal()
-    # Eq. 1: L_BT = L_invariance + L_redundancy
+    # Eq. 3: L_BT = sum_i (1 - C_ii)^2 + lambda * sum_{i != j} C_ij^2
     invariance = ((1 - on_diagonal) ** 2).sum()
-    redundancy = ((c - torch.diag(on_diagonal)) ** 2).sum()
+    redundancy = lambd * ((c - torch.diag(on_diagonal)) ** 2).sum()
     return invariance, redundancy
 
 
 def barlow_twins_loss(z_a, z_b, lambd=0.005):
     """Eq. 3, the sum as printed, for z_a and z_b (rows, dim). At most 4 dim + lambd dim (dim - 1)."""
-    invariance, redundancy = barlow_twins_terms(z_a, z_b)
-    # Eq. 3: L_BT = sum_i (1 - C_ii)^2 + lambda * sum_{i != j} C_ij^2
-    return invariance + lambd * redundancy
+    invariance, redundancy = barlow_twins_terms(z_a, z_b, lambd)
+    return invariance + redundancy    # Eq. 1: L_BT = L_invariance + L_redundancy

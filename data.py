@@ -44,7 +44,7 @@ def normalize(image):
 
     (C, D, H, W) float32 on the CPU -> the same. The sd is the population's; a constant channel becomes 0.
     Paper: silent on the order. Here: the whole volume, before any crop.
-    Why: training and prediction see the same numbers.
+    Why: training and prediction see the same numbers. A change here needs another CACHE_FORMAT.
     Raises ValueError for another rank.
     """
     _check_rank(4, "(C, D, H, W)", image)
@@ -61,8 +61,8 @@ def normalize(image):
 def random_crop(image, target, size, generator, corner=(0, 0, 0), shape=None):
     """"A random crop of size 192x192x144": the same box of `size` out of image and target, drawn evenly.
 
-    image (4, D, H, W) and target (C, D, H, W) are a volume, or what starts at `corner` in one of `shape` with
-    zeros elsewhere. A side that is shorter than the crop's gets zeros, half of them before it.
+    image (4, D, H, W) and target (C, D, H, W) are a whole volume, or the box at `corner` of a volume of
+    `shape` that is zero outside it. A side that is shorter than the crop's gets zeros, half before it.
     """
     _check_rank(4, "(C, D, H, W)", image, target)
     inside, pads = [slice(None)], []
@@ -101,8 +101,8 @@ def augment(images, targets, generator):
 def random_affine(images, targets, generator):
     """Rotation by up to 0.1 rad about each axis, scaling by 0.9 to 1.1, about the centre, drawn once a view.
 
-    Paper: no ranges. Here: both views move, so 90 voxels from the centre they differ by about 13 (rms).
-    Why: within 110 voxels that is less than a cell of the 16-voxel pooling (section 3.1): they still pair up.
+    Paper: no ranges. Here: these. Why: within 110 voxels of the centre both views differ by less than 16
+    (rms), a cell of section 3.1's pooling, so that their cells still pair up.
     Images are sampled linearly, targets by nearest neighbour, both with zeros from outside.
     """
     u = 2 * torch.rand(len(images), 4, generator=generator, device=generator.device) - 1    # in [-1, 1)
@@ -129,7 +129,7 @@ def random_intensity(images, generator):
 
     Paper: "intensity modifications". Here: blur, sd U(0.5, 1) voxels, p 0.2; scale by U(0.7, 1.3), p 0.5;
     shift by U(-0.1, 0.1), p 0.5; noise, sd U(0, 0.1), p 0.2.
-    Why: adapted from the authors' later open code; noise comes last, or the blur would remove it.
+    Why: as in the authors' later Auto3DSeg, in MONAI; noise comes last, or the blur would remove it.
     """
     background = images == 0
     images = images.clone()
@@ -188,7 +188,7 @@ def regions_to_labels(regions, et_label=4):
 class Naming(NamedTuple):
     """A cohort's files and labels. A template is the end of a path, less .nii or .nii.gz; {} is the case."""
     cohort: str
-    images: tuple             # templates of t1, t1ce, t2, flair; t1ce's tells one naming from another
+    images: tuple             # templates of t1, t1ce, t2, flair; t1ce's, with `case`, tells namings apart
     segmentation: str         # its template
     labels: tuple             # of necrosis, oedema, enhancing; the first of several is written; () unknown
     background: tuple = ()    # the file's other labels
@@ -263,7 +263,7 @@ def find_cases(root, names=None, labels=None):
     """The cases anywhere below the folder `root`, sorted by name; nothing is read but folder listings.
 
     names: the endings of t1, t1ce, t2, flair, segmentation; labels: as IN_MEMORY; both in place of NAMINGS'.
-    Raises InputError for no case, two namings, labels that nothing tells, a file that is there twice.
+    Raises InputError for no case, two namings, labels of unknown meaning, a file that is there twice.
     """
     paths, found, cases = list_volumes(root), {}, []
     naming = choose_naming(root, paths, names, labels)
@@ -273,11 +273,11 @@ def find_cases(root, names=None, labels=None):
             if name and found.setdefault(name, {}).setdefault(kind, path) != path:
                 raise InputError(f"{path}: {found[name][kind]} is there too, expected one {kind} a case")
     for name, files in sorted(found.items()):
-        folder = next(iter(files.values())).parent
-        if folder.name == name and len(famous := [*folder.glob("[!.]*_Segm.nii*")]) == 1:
-            files.setdefault("seg", famous[0])    # BraTS20_Training_355's
+        place = next(iter(files.values())).parent
+        if place.name == name and len(odd := [*place.glob("[!.]*_Segm.nii*")]) == 1:
+            files.setdefault("seg", odd[0])    # BraTS20_Training_355's
         ends = [template.replace("\\", "").replace("{}", name).split("/")[-1] for template in naming.images]
-        images = tuple(files.get(kind, folder / f"{end}.nii.gz") for kind, end in zip(MODALITIES, ends))
+        images = tuple(files.get(kind, place / f"{end}.nii.gz") for kind, end in zip(MODALITIES, ends))
         patient = re.sub(r"(?<=-\d{5})-\d{3}$|_FU.*$|(?<=UPENN-GBM-\d{5})_\d\d$", "", name)
         if set(files) != {"seg"}:
             cases.append(Case(name, patient, images, files.get("seg"), naming))
@@ -286,11 +286,12 @@ def find_cases(root, names=None, labels=None):
 
 def describe(cases):
     """One line about a cohort."""
-    naming, patients = cases[0].naming, {case.patient for case in cases}
-    labels = " ".join(",".join(map(str, label)) for label in naming.labels)
-    rest = "".join(f", {label} background" for label in naming.background)
-    return (f"{len(cases)} case(s) of {len(patients)} patient(s), named as {naming.cohort}; "
-            f"labels {labels} are necrosis, oedema, enhancing{rest}")
+    text = f"{len(cases)} case(s) of {len({case.patient for case in cases})} patient(s)"
+    for naming in sorted({case.naming for case in cases}):
+        labels = " ".join(",".join(map(str, label)) for label in naming.labels)
+        rest = "".join(f", {label} background" for label in naming.background)
+        text += f", named as {naming.cohort}; labels {labels} are necrosis, oedema, enhancing{rest}"
+    return text
 
 
 def split_folds(cases, folds=5, seed=0):
@@ -456,7 +457,7 @@ def cache_entry(case, cache):
 
 
 def prepare(case, cache=None):
-    """A case up to its crop: mapped from the folder `cache`, or else read, prepared and left there.
+    """A segmented case up to its crop: out of the folder `cache`, or else computed and kept there.
 
     "image" (4, d, h, w) float16, normalised, and "labels" (1, d, h, w) uint8: the box of brain and labels,
     which starts at "corner" in a volume of "shape"; "doubtful" bool. Raises InputError and OSError.

@@ -29,9 +29,10 @@ def confidence(maps):
     """Section 3.2's heuristic, "the average probability value of the segmented region".
 
     maps: (N, C, D, H, W) float, in [0, 1]. Returns (N, C) float32, in (0.5, 1]: the mean over the voxels
-    above 0.5; NaN where a map has none. It compares maps of about one region: "not true when different models
-    produce substantially different region sizes". All functions here raise ValueError for NaN and other
-    ranks.
+    above 0.5; NaN where a map has none.
+    Paper: one score an image. Here: one a region. Why: WT would drown ET, and the heuristic is "not true
+    when different models produce substantially different region sizes".
+    All functions here raise ValueError for NaN and other ranks.
     """
     _check(maps)
     scores = []
@@ -63,8 +64,8 @@ def confidence_ensemble(maps):
     order of the maps. Empty maps are not ranked; where half or more are empty, the mean of all is taken.
     Why: an empty map's confidence is 0/0, and half of the maps being empty is itself a vote for "absent".
     """
-    scores, top = confidence(maps), (len(maps) + 1) // 2    # (N, C)
-    merged = []
+    scores = confidence(maps)    # (N, C)
+    top, merged = (len(maps) + 1) // 2, []
     for region, score in enumerate(scores.T):
         empty = score.isnan()
         if 2 * empty.sum() >= len(maps):
@@ -104,22 +105,22 @@ def load_maps(paths):
         try:
             image = nib.load(path)
             if not np.isfinite(image.affine).all():
-                raise ValueError("its affine is not finite")
+                raise ValueError("an affine that is not finite")
             first = first or image
             if image.shape[3:] != (3,) or np.prod(image.shape) > 3 * 2**25 or image.shape != first.shape:
-                raise ValueError(f"shape {image.shape}, expected (X, Y, Z, 3), the same in every FOLDER")
+                raise ValueError(f"shape {image.shape}, not (X, Y, Z, 3), the same in every FOLDER")
             if not np.allclose(image.affine, first.affine, atol=1e-2):
-                raise ValueError(f"an affine unlike that of {paths[0]}, expected maps on the same voxels")
+                raise ValueError(f"an affine unlike that of {paths[0]}")
             volume = torch.from_numpy(np.asarray(image.dataobj, np.float32)).movedim(3, 0)    # (3, X, Y, Z)
             if not (volume.min() > -1e-3 and volume.max() < 1.001):    # so NaN too; resampling overshoots
-                raise ValueError(f"values {volume.min():g} to {volume.max():g}, expected [0, 1]")
+                raise ValueError(f"values {volume.min():g} to {volume.max():g}, not [0, 1]")
             et, tc, wt = volume > 0.5
             for inner, outer in ((et, tc), (tc, wt)):    # a young network may have a few stray voxels outside
                 if outer.any() and (inner & ~outer).sum() > max(inner.sum() / 2, (et | tc | wt).sum() / 10):
-                    raise ValueError("most of a region lies outside the next larger one, expected ET, TC, WT")
+                    raise ValueError("most of a region lies outside the next larger one")
         except Exception as error:    # nibabel, gzip and zlib each raise their own kinds for a damaged file
-            what = str(error) or type(error).__name__
-            raise InputError(f"{path}: {what}; expected maps in NIfTI") from None
+            what = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise InputError(f"{path}: {what}; expected maps of ET, TC, WT in NIfTI, in [0, 1]") from None
         maps = torch.empty(len(paths), *volume.shape) if maps is None else maps
         maps[n] = volume.clamp(0, 1)
     return maps, first

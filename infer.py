@@ -6,7 +6,8 @@
     python infer.py COHORT --score PREDICTIONS                             # any folder of <case>.nii.gz
 
 Writes OUT/<case>.nii.gz, in the labels of the case's cohort, and with --probabilities OUT/probabilities/
-<case>.nii.gz, float32, X, Y, Z, 3 in ET, TC, WT. Cases with a segmentation are scored: OUT.csv and a table.
+<case>.nii.gz, float32, X, Y, Z, 3 in ET, TC, WT. Cases with a segmentation are scored: OUT.csv, or
+PREDICTIONS.csv, and a table.
 Exit code 0: done, 1: some cases failed (listed at the end), 2: a mistake in the call.
 """
 
@@ -51,7 +52,7 @@ def predict(model, image, roi=(192, 192, 144), flips=False):
     Paper: silent. Here: a window of `roi` over the brain's box. Where the brain is longer than the window by
     up to 16 voxels, the window grows to the next multiple of 8; where by more, half-overlapping windows are
     blended with a Gaussian. Outside the windows is zero. A smaller volume is padded as in training.
-    Why: instance norm's statistics depend on the window, so it is the training's; a brain fits the paper's.
+    Why: instance norm's statistics depend on the window; see `choose_window`. A brain fits the paper's.
     flips: the mean over all 8 mirrorings. Raises ValueError for another rank.
     """
     if image.ndim != 4:
@@ -181,7 +182,7 @@ def print_table(rows):
     """
     print(f"\n{'':<10}{'Dice':<57}Hausdorff95, mm")
     print(f"{'':<10}" + "".join(f"{region:<19}" for region in REGIONS * 2) + "cases")
-    folds = sorted({row["fold"] for row in rows if row["fold"] != ""}, key=str)
+    folds = sorted({row["fold"] for row in rows if row["fold"] != ""})
     for name, fold in [*((f"fold {fold}", fold) for fold in folds), ("mean", None)]:
         group = [row for row in rows if fold in (None, row["fold"])]
         values = np.array([[float(row[column]) for column in COLUMNS] for row in group])
@@ -206,7 +207,7 @@ def choose_precision(amp, device):
 
 
 def move_to(device, network):
-    """A network onto its device, on a CPU channels last for few filters: 0.66 of the time at 8, 1.5 at 32."""
+    """A network onto its device; on a CPU channels last for few filters: 0.66x the time at 8, 1.5x at 32."""
     if device.type == "cpu" and network.init_conv.out_channels < 16:
         return network.to(device, memory_format=torch.channels_last_3d)
     return network.to(device)
@@ -228,7 +229,7 @@ def load_checkpoint(path):
         kept = {name: checkpoint[name] for name in ("settings", "train_cases", "val_cases")}
         return {"model": model.float().eval(), **kept}
     except Exception as error:    # whatever torch.load's unpickler and zip reader meet
-        first, *_ = str(error).split(". ")    # sentence; torch.load's next tells how to run what a file holds
+        first, *_ = str(error).split(". ")    # torch.load's next sentence advises to run what the file holds
         what = getattr(error, "strerror", None) or f"{type(error).__name__}: {first[:150]}"
         raise InputError(f"--checkpoints {path}: cannot be loaded ({what}), expected best.pt or last.pt of "
                          "train.py's, for 4 channels and 3 regions") from None
@@ -265,7 +266,7 @@ def free_shared_memory():
 class Volumes(Dataset):
     """A case each: image (4, D, H, W) float32, normalised, truth (3, D, H, W) bool or None, affine, doubt.
 
-    Where it cannot be read: the InputError, which raised in a reading process would arrive as a traceback.
+    Where it cannot be read: the InputError, returned since a reading process would wrap what it raises.
     """
 
     def __init__(self, cases):
@@ -283,7 +284,7 @@ class Volumes(Dataset):
 
 
 def read_ahead(cases):
-    """An iterable over `Volumes`, of which one process reads the next while this one is in use."""
+    """An iterable over `Volumes`, for which a process reads one case ahead."""
     workers = 1 if free_shared_memory() > 3 * 2**28 else 0    # room for three images on their way
     return DataLoader(Volumes(cases), batch_size=None, num_workers=workers, timeout=600 * workers)
 
@@ -309,7 +310,7 @@ def predict_case(case, image, checkpoints, args):
     maps = torch.stack(maps)    # (N, 3, D, H, W)
     if maps.isnan().any():
         raise InputError(f"{case.name}: a network gives NaN, expected probabilities; see its --amp")
-    # (3, D, H, W); every method gives a single map back as it is, but for rounding and 0.1 s
+    # (3, D, H, W); any method would give a single map back
     probabilities = METHODS[args.ensemble](maps) if len(maps) > 1 else maps[0]
     labels = regions_to_labels(probabilities > 0.5)
     path = args.out / f"{case.name}.nii.gz"
@@ -335,7 +336,7 @@ def run(cases, chosen, args, rank):
             labels = volume if args.score else predict_case(case, volume, chosen[case.name], args)
             if truth is not None:
                 scores = score(labels, truth, nib.affines.voxel_sizes(np.asarray(affine)))
-                folds = [c["settings"]["fold"] for c in chosen[case.name]] if args.held_out else []
+                folds = [c["settings"]["fold"] for c in chosen.get(case.name, ()) if args.held_out]
                 rows.append({"case": case.name, "fold": "/".join(sorted(set(folds))),
                              **{column: f"{value:.6g}" for column, value in zip(COLUMNS, scores)}})
         except InputError as error:

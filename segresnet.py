@@ -2,7 +2,7 @@
 
 Paper: Siddiquee and Myronenko, "Redundancy Reduction in Semantic Segmentation of 3D Brain Tumor MRIs",
 arXiv:2111.00742. Code: MIT licence.
-An encoder-decoder of pre-activation residual blocks; `print(SegResNet())` reads as Table 1, row by row.
+An encoder-decoder of pre-activation residual blocks, whose attributes are Table 1's rows.
 The file stands alone: it needs PyTorch and nothing else.
 
     model = SegResNet()                            # the paper's: 4 modalities in, 3 regions out, 32 filters
@@ -21,9 +21,9 @@ NORMS = ("instance", "instance_affine", "group")
 def make_norm(norm, channels):
     """The layer that Table 1 calls IN.
 
-    Paper: Table 1's caption says "IN stands for group normalization", section 3 that instance norm does.
+    Paper: Table 1's caption says "IN stands for group normalization", section 3 says instance norm.
     Here: instance norm without affine parameters or running statistics, eps 1e-5, as MONAI's "instance".
-    Why: section 3 says so at length. "instance_affine" and "group" (8 groups) load other people's weights.
+    Why: section 3 gives its reason. "instance_affine" and "group" (8 groups) load other people's weights.
     """
     if norm == "group":
         return nn.GroupNorm(8, channels)
@@ -33,7 +33,7 @@ def make_norm(norm, channels):
 def norm_relu_conv(x, norm, relu, conv):
     """conv(relu(norm(x))). In training on a GPU x alone is kept; norm and ReLU are computed again backwards.
 
-    That nearly halves the memory. The convolution runs once: only its input was missing.
+    That nearly halves the memory. The convolution is not computed again: backwards it needs its input alone.
     """
     if torch.is_grad_enabled() and x.is_cuda:
         return checkpoint(lambda x: conv(relu(norm(x))), x, use_reentrant=False, preserve_rng_state=False)
@@ -77,7 +77,7 @@ class DecoderEnd(nn.Sequential):
 
 
 class SegResNet(nn.Module):
-    """Table 1, with its last sigmoid left to the caller.
+    """Table 1 without its last sigmoid, which is in `train.compute_losses` and `infer.predict`.
 
     in_channels: image channels; the paper stacks 4 modalities.
     out_channels: regions; the paper's are ET, TC, WT.
@@ -119,7 +119,7 @@ class SegResNet(nn.Module):
 
         Section 3.1's projection branch starts here. Raises ValueError unless sides are multiples of 8.
         """
-        if x.ndim != 5 or any(side < 8 or side % 8 for side in x.shape[2:]):
+        if x.ndim != 5 or any(side % 8 for side in x.shape[2:]):
             raise ValueError(f"input is {tuple(x.shape)}, expected (B, C, D, H, W) with sides that are "
                              "multiples of 8: Table 1 halves them three times")
         x0 = self.encoder_block0(self.init_conv(x))             # (B,  f, D,   H,   W)

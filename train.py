@@ -1,4 +1,4 @@
-"""Training: the paper's step, section 3.3's optimisation, section 4's epochs. Its values are the defaults.
+"""Training: the paper's step, section 3.3's optimisation, section 4's epochs. The defaults are the paper's.
 
     torchrun --nproc_per_node=4 train.py --fold 0    # the paper's run, for each fold; four cases a step
     python train.py --fold 0                         # on one GPU or the CPU; one case a step
@@ -65,8 +65,8 @@ def compute_losses(model, image, labels, seed, barlow_weight, lambd, autocast):
     with autocast:
         logits, z_a, z_b = model(x)
     dice_loss = soft_dice_loss(torch.sigmoid(logits.float()), p_true)    # Eq. 4
-    invariance, redundancy = barlow_twins_terms(z_a, z_b)                # Eq. 1, 2; each GPU on its own image
-    barlow = invariance + lambd * redundancy                             # Eq. 3, as barlow_twins_loss
+    invariance, redundancy = barlow_twins_terms(z_a, z_b, lambd)         # Eq. 2, 3; each GPU on its own image
+    barlow = invariance + redundancy                                     # Eq. 1
     # Paper: "in additional to the main soft Dice loss". Here: weighted, by 1/dim unless a flag says else.
     # Why: Eq. 3 sums over dim entries, which would drown the Dice loss.
     loss = dice_loss + barlow_weight * barlow
@@ -90,7 +90,7 @@ def case_generator(seed, epoch, name):
 class Crops(Dataset):
     """Samples of a schedule of (epoch, case): image (4, *crop) float16, labels (1, *crop) uint8, seed, doubt.
 
-    Where a file cannot be read: the error, which raised in a reading process would arrive as a traceback.
+    Where a file cannot be read: the error, returned since a reading process would wrap what it raises.
     """
 
     def __init__(self, schedule, crop, seed, cache=None):
@@ -141,24 +141,27 @@ def divide(args):
     """--data and its folds -> cases to train on, cases to validate, lines to print. Raises InputError."""
     cases = find_cases(args.data, args.names, args.labels)
     lines, labelled = [describe(cases)], [case for case in cases if case.label]
+    if not labelled:
+        raise InputError(f"--data {args.data}: no segmented case, expected some to train on")
     if len(labelled) < len(cases):
         lines.append(f"{len(cases) - len(labelled)} cases have no segmentation and are left out")
     if missing := [path for case in labelled for path in case.images if not path.exists()]:
         raise InputError(f"{missing[0]}: no such file, expected four modalities of every case to train on")
     folds = {"all": []}
-    if labelled and args.fold != "all":
+    if args.fold != "all":
         if args.fold_list:
             folds, line = listed_folds(args.fold_list, labelled)
             lines.append(line)
             labelled = sorted(sum(folds.values(), []))
         else:
             folds = dict(enumerate(split_folds(labelled, args.folds, args.seed)))
-    val_cases = {str(fold): those for fold, those in folds.items()}.get(args.fold)
-    if val_cases is None:
-        raise InputError(f"--fold {args.fold}: expected one of {', '.join(map(str, sorted(folds)))}, or all")
+    folds = {str(fold): those for fold, those in folds.items() if those or fold == "all"}
+    if args.fold not in folds:
+        raise InputError(f"--fold {args.fold}: expected one of {', '.join(sorted(folds))}, or all")
+    val_cases = folds[args.fold]
     train_cases = [case for case in labelled if case not in val_cases]
     if not train_cases:
-        raise InputError(f"--data {args.data}: no segmented case is left to train on, expected some")
+        raise InputError(f"--fold {args.fold}: no case is left to train on, expected more folds")
     return train_cases, val_cases, lines
 
 
@@ -182,6 +185,8 @@ def validate(network, cases, crop, autocast, rank, world, device):
 
 
 # ---- the run ----------------------------------------------------------------------------------------------
+
+NO_SETTINGS = ("data", "fold_list", "out", "cache", "workers")    # may differ between starts of one run
 
 
 def check_room(args, precision, device, train_cases):
@@ -234,22 +239,21 @@ def resume(path, expected, parts):
 
 
 def check_finite(epoch, loss, views):
-    """Raises InputError for a weight that is NaN or infinite, as a loss that is makes them all in its step.
+    """Raises InputError for a weight that is NaN or infinite: one loss of NaN makes them all so.
 
-    In float16 the scaler leaves such a step out, so that there the loss alone would tell nothing.
+    Float16's scaler leaves such a step out, so the weights tell, not the loss.
     """
     if not all(weight.isfinite().all() for weight in views.parameters()):
         raise InputError(f"epoch {epoch + 1}: weights are not finite, expected numbers; loss {loss:g}; "
                          "it is not saved; try a lower --lr or --amp off")
 
 
-def log_row(epoch, lr, means, scores, seconds, cases):
+def log_row(epoch, lr, means, scores, seconds):
     """A row of log.csv: an epoch's losses, means over all steps and ranks, and the held-out cases' Dice."""
     losses = dict(zip(("loss", "dice_loss", "barlow", "invariance", "redundancy"), means))
     dices = dict(zip((f"dice_{name}" for name in ("et", "tc", "wt", "mean")), [*scores, sum(scores) / 3]
                      if scores else [""] * 4))
     row = {"epoch": epoch, "lr": lr, **losses, **dices, "seconds": seconds}
-    row["cases_per_second"] = cases / seconds
     return {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
 
 
@@ -275,7 +279,8 @@ def train(args, rank, world, device):
     first, best, log = resume(args.out / "last.pt", settings | case_names, parts)
     model = views
     if world > 1:
-        dist.all_gather_object(firsts := [None] * world, first)
+        firsts = [None] * world
+        dist.all_gather_object(firsts, first)
         if len(set(firsts)) > 1:
             raise InputError(f"--out {args.out}: ranks find {firsts} epochs done, expected one folder of all")
         model = DistributedDataParallel(views, device_ids=[device.index] if device.type == "cuda" else None)
@@ -320,15 +325,15 @@ def train(args, rank, world, device):
             scores = validate(network, val_cases, args.crop, autocast, rank, world, device)
             better = sum(scores) / 3 > best
             best = max(best, sum(scores) / 3)
-        log.append(log_row(epoch + 1, lr, means, scores, seconds, steps * world))
+        log.append(log_row(epoch + 1, lr, means, scores, seconds))
         if rank == 0:
             saved = {"model": network.state_dict(), "settings": settings, "epoch": epoch + 1, **case_names}
             if better:
-                save_tensors(args.out / "best.pt", saved | {"dice": scores})
+                save_tensors(args.out / "best.pt", saved)
             write_csv(args.out / "log.csv", log)
             saved |= {name: part.state_dict() for name, part in parts.items()}
             saved |= {"finished": epoch + 1 == args.epochs, "best": best, "log": log}
-            save_tensors(args.out / "last.pt", saved)    # after the others, since all follows from it
+            save_tensors(args.out / "last.pt", saved)    # last: a restart trusts it
             print("  ".join(f"{name} {value}" for name, value in log[-1].items() if value != ""))
             if doubtful and epoch == first:
                 print(f"warning: {doubtful * len(train_cases):.0f} cases look unsuitable; data.py says which "
@@ -336,9 +341,6 @@ def train(args, rank, world, device):
 
 
 # ---- the command ------------------------------------------------------------------------------------------
-
-NO_SETTINGS = ("data", "fold_list", "out", "cache", "workers")    # may differ between starts of one run
-
 
 def at_least(least, kind=int):
     """An argparse type: a finite number of at least `least`."""
@@ -354,7 +356,7 @@ def parse_arguments():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("the paper's").add_argument
     add("--fold", default="0", help="which fold is held out, or 'all': none is")
-    add("--folds", type=at_least(1), default=5, help="how many")
+    add("--folds", type=at_least(2), default=5, help="how many")
     add("--epochs", type=at_least(1), default=300, help="of one crop of every training case")
     add("--crop", type=at_least(16), nargs=3, default=[192, 192, 144], metavar=("D", "H", "W"), help="voxels")
     add("--lr", type=at_least(0, float), default=1e-4, help="of AdamW at the start")
@@ -388,7 +390,7 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     rank, world, device = start_ranks()
-    torch.backends.cudnn.benchmark = True    # all steps have one shape
+    torch.backends.cudnn.benchmark = True    # all training steps have one shape
     train(args, rank, world, device)
     if world > 1:
         dist.destroy_process_group()    # not in train(), whose DDP holds it

@@ -180,7 +180,6 @@ def test_a_gpu_keeps_half_the_memory_and_the_same_gradients(norm, monkeypatch):
 
 @pytest.mark.parametrize("shape, words", [
     ((1, 4, 32, 24, 12), "multiples of 8"), ((1, 4, 30, 24, 16), "multiples of 8"),
-    ((1, 4, 0, 16, 16), "multiples of 8"),
     ((1, 4, 8, 8, 8), "more than 1 spatial"),    # instance norm of one voxel is undefined
     ((4, 16, 16, 16), r"\(B, C, D, H, W\)"), ((16, 16), r"\(B, C, D, H, W\)"),
 ])

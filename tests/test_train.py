@@ -61,8 +61,8 @@ def test_the_step_is_the_papers_equations_one_by_one():
     c = torch.stack([torch.stack([(z_a[:, i] * z_b[:, j]).sum() / (z_a[:, i].norm() * z_b[:, j].norm())
                                   for j in range(4)]) for i in range(4)])    # Eq. 2
     invariance = sum((1 - c[i, i])**2 for i in range(4))
-    redundancy = sum(c[i, j]**2 for i in range(4) for j in range(4) if i != j)
-    eq3 = invariance + 0.005 * redundancy
+    redundancy = 0.005 * sum(c[i, j]**2 for i in range(4) for j in range(4) if i != j)
+    eq3 = invariance + redundancy
     expected = torch.stack([eq4 + 0.25 * eq3, eq4, eq3, invariance, redundancy])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
@@ -162,7 +162,7 @@ def test_the_logs_arithmetic_and_what_checkpoints_hold(cohort, checkpoint):
     (row,) = read_rows(checkpoint.with_name("log.csv"))
     value = {name: float(number) for name, number in row.items()}
     assert value["lr"] == pytest.approx(1e-4 * 0.5 * (1 + math.cos(math.pi * 2 / 3)), rel=1e-5)    # the last
-    assert value["barlow"] == pytest.approx(value["invariance"] + 0.005 * value["redundancy"], rel=1e-4)
+    assert value["barlow"] == pytest.approx(value["invariance"] + value["redundancy"], rel=1e-4)
     assert value["loss"] == pytest.approx(value["dice_loss"] + value["barlow"] / 4, rel=1e-4)    # 1/dim
     held_out = split_folds(find_cases(cohort), 2, 0)[0]
     dices = mean_dice(checkpoint, held_out)
