@@ -12,10 +12,9 @@ A cohort is one case a patient, at most 100, in an order that names decide. Of e
 train on, at most 60; the rest is held out. A quarter of the former, at most 10, are the few training cases:
 56 cases are 40 or 10 to train on, and 16 held out.
 
-Writes OUT/scores/<run>.csv and OUT/models/<run>.pt as runs end; started again, it skips those. At the end
-OUT/scores.csv has a row a run and case, OUT/maps.csv a row a map and region, OUT/ensembles.csv a row a case,
-region and way to merge. On a CPU, MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 in front of the
-command keeps memory from step to step, which saves time.
+Started again, it skips the networks that OUT has. At the end OUT/scores.csv has a row a network and case,
+OUT/maps.csv a row a map and region, OUT/ensembles.csv a row a case, region and way to merge. On a CPU,
+MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 in front of the command saves time.
 """
 
 import argparse
@@ -26,6 +25,7 @@ import sys
 import time
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from hashlib import sha256
 from multiprocessing import get_context
 from pathlib import Path
@@ -207,9 +207,6 @@ def make_cohorts(args, pool):
     return {folder.name: choose_cases(data.find_cases(folder)) for folder in folders}
 
 
-CONDITIONS = ("as trained", "bias field", "contrast", "noise")
-
-
 def perturb(image, condition, generator):
     """A case as stored, (4, D, H, W), under what no training sample had, each channel by itself.
 
@@ -269,35 +266,22 @@ def fit(run, size, cases, cache):
     return views.eval()
 
 
-def diagonal_and_rest(c):
-    """Of a correlation matrix: the mean of its diagonal and the root mean square of what is off it."""
-    rest = c - torch.diag(c.diagonal())
-    return float(c.diagonal().mean()), float((rest**2).sum() / (c.numel() - len(c))) ** 0.5
-
-
-FEATURES = ("c_diagonal", "c_off_diagonal", "z_diagonal", "z_off_diagonal", "effective_rank")
-
-
 @torch.no_grad()
-def look_at_features(views, image, target, crop, generator):
-    """Two views of a held-out crop -> FEATURES.
+def effective_rank(network, image, target, crop, generator):
+    """How many features a held-out crop has, 1 to `filters`.
 
-    c: Eq. 2 of the pooled features. Effective rank: exp of the entropy of the eigenvalues of the features'
-    correlation over the brain, 1 to `filters`.
+    exp of the entropy of the eigenvalues of their correlation over the brain.
     """
     device, _, autocast = choose_device()
     crops = data.random_crop(image, target, crop, generator)
     pair = [volume.to(device).expand(2, -1, -1, -1, -1) for volume in crops]
     x, _ = data.augment(*pair, torch.Generator(device).manual_seed(1))
     with autocast:
-        f = views.network.features(x).float()    # (2, C, D, H, W)
-    rows = F.avg_pool3d(f, views.projector.pool).flatten(2).mT    # (2, cells, C)
-    inside = f[0][:, (x[0] != 0).any(0)]    # (C, voxels)
+        features = network.features(x[:1])[0].float()
+    inside = features[:, (x[0] != 0).any(0)]    # (C, voxels)
     spectrum = torch.linalg.eigvalsh(torch.corrcoef(inside.double()).nan_to_num()).clamp_min(1e-12)
     spectrum = spectrum / spectrum.sum()
-    return [*diagonal_and_rest(barlow.cross_correlation(*rows)),
-            *diagonal_and_rest(barlow.cross_correlation(*map(views.projector.mlp, rows))),
-            float(torch.exp(-(spectrum * spectrum.log()).sum()))]
+    return float(torch.exp(-(spectrum * spectrum.log()).sum()))
 
 
 def save_rows(path, rows):
@@ -309,21 +293,19 @@ def do_run(run, size, held_out, rest, out, path):
     """Trains and tests one network: its weights to OUT/models, its rows to `path`."""
     train_cases, val_cases = divide(rest, run)
     views, rows = fit(run, size, train_cases, out / "cache"), []
-    tests = [("validation", case) for case in val_cases] + [*itertools.product(CONDITIONS, held_out)]
+    tests = [("validation", case) for case in val_cases] + [*itertools.product(tables.CONDITIONS, held_out)]
     for condition, case in tests:
-        stored, target, affine = data.load_case(case)
-        image = perturb(stored, condition, train.case_generator(0, 0, f"{case.name} {condition}"))
-        image, features = data.normalize(image), [""] * len(FEATURES)
+        image, target, affine = data.load_case(case)
+        image = perturb(image, condition, train.case_generator(0, 0, f"{case.name} {condition}"))
+        image, rank = data.normalize(image), ""
         with choose_device()[2]:
             p = infer.predict(views.network, image, infer.choose_window(image, size.crop))
         scores = infer.score(data.regions_to_labels(p > 0.5), target, nib.affines.voxel_sizes(affine))
         if condition == "as trained":
             generator = train.case_generator(0, 0, case.name)
-            features = look_at_features(views, image, target, size.crop, generator)
-            if not arms(size)[run.arm].weight:
-                features[2:4] = "", ""    # nothing has trained z
-        measured = zip((*infer.COLUMNS, *FEATURES), (*scores, *features))
-        rows.append({**run._asdict(), "condition": condition, "case": case.name, **dict(measured)})
+            rank = effective_rank(views.network, image, target, size.crop, generator)
+        rows.append({**run._asdict(), "condition": condition, "case": case.name,
+                     **dict(zip(infer.COLUMNS, scores)), "effective_rank": rank})
     data.save_tensors(out / "models" / f"{run.name}.pt", views.network.state_dict())
     save_rows(path, rows)
 
@@ -371,27 +353,25 @@ def rows_of_ensembles(maps, best, target):
                 yield {"maps": name, "way": way, "region": region, "dice": infer.dice(mask, truth)}
 
 
-def do_ensembles(runs, size, held_out, out, path):
-    """Merges five folds' maps of each held-out case in every way."""
-    networks, rows, map_rows = [], [], []
+def do_ensembles(runs, size, out, case):
+    """Merges the maps that five folds' networks make of a held-out case -> rows of maps, of ways to merge."""
+    networks = []
     for run in runs:
         network = SegResNet(filters=size.filters)
         network.load_state_dict(torch.load(out / "models" / f"{run.name}.pt", weights_only=True))
         networks.append(infer.move_to(choose_device()[0], network).eval())
     best = max(range(5), key=lambda fold: validation_dice(runs[fold], out))
     mirrorings = [axes for k in range(4) for axes in itertools.combinations((1, 2, 3), k)]
-    for case in held_out:
-        image, target, _ = data.load_case(case)
-        image, about = data.normalize(image), {"cohort": run.cohort, "seed": run.seed, "case": case.name}
-        roi = infer.choose_window(image, size.crop)
-        with choose_device()[2]:
-            maps = [infer.predict(network, image.flip(axes), roi).flip(axes)
-                    for network in networks for axes in mirrorings]
-        maps = torch.stack(maps).unflatten(0, (5, 8))    # (5, 8, 3, D, H, W)
-        map_rows += [about | row for row in rows_of_maps(maps, target)]
-        rows += [about | row for row in rows_of_ensembles(maps, best, target)]
-    save_rows(out / "maps" / path.name, map_rows)
-    save_rows(path, rows)
+    image, target, _ = data.load_case(case)
+    image = data.normalize(image)
+    roi = infer.choose_window(image, size.crop)
+    with choose_device()[2]:
+        maps = [infer.predict(network, image.flip(axes), roi).flip(axes)
+                for network in networks for axes in mirrorings]
+    maps = torch.stack(maps).unflatten(0, (5, 8))    # (5, 8, 3, D, H, W)
+    about = {"cohort": runs[0].cohort, "seed": runs[0].seed, "case": case.name}
+    return ([about | row for row in rows_of_maps(maps, target)],
+            [about | row for row in rows_of_ensembles(maps, best, target)])
 
 
 # ---- the command -------------------------------------------------------------------------------------------
@@ -411,19 +391,20 @@ def do_all(pool, tasks, what):
 
 def do_study(args, pool):
     size, cohorts, out = QUICK if args.quick else SIZES[args.scale], make_cohorts(args, pool), args.out
-    runs, merged = plan(size, cohorts), {}
+    runs, maps, ensembles = plan(size, cohorts), [], []
     networks = {out / "scores" / f"{run.name}.csv": (do_run, run, size, *cohorts[run.cohort], out)
                 for run in runs}
+    do_all(pool, networks, "networks")
     for seed in range(size.fold_seeds):
         five = [run for run in runs if run.seed == seed and run.fold >= 0]
         held_out, _ = cohorts[five[0].cohort]
-        merged[out / "ensembles" / f"{seed}.csv"] = do_ensembles, five, size, held_out, out
-    do_all(pool, networks, "networks")
-    do_all(pool, merged, "ensembles")
-    maps = [out / "maps" / path.name for path in merged]
-    for name, parts in (("scores", networks), ("maps", maps), ("ensembles", merged)):
-        infer.write_csv(out / f"{name}.csv", [row for part in parts for row in tables.read(part)])
-    tables.print_all(out)
+        for of_maps, of_ways in pool.map(partial(do_ensembles, five, size, out), held_out):
+            maps += of_maps
+            ensembles += of_ways
+    infer.write_csv(out / "scores.csv", [row for path in networks for row in tables.read(path)])
+    save_rows(out / "maps.csv", maps)
+    save_rows(out / "ensembles.csv", ensembles)
+    tables.print_all([tables.load(out / "*.csv")])
 
 
 def main():
@@ -438,7 +419,7 @@ def main():
     add("--jobs", type=train.at_least(1), help="processes",
         default=1 if torch.cuda.is_available() else os.cpu_count())
     args = parser.parse_args()
-    for name in ("cache", "models", "scores", "maps", "ensembles"):
+    for name in ("cache", "models", "scores"):
         (args.out / name).mkdir(parents=True, exist_ok=True)
     # Of one thread each: processes beside each other use cores better than threads within one.
     with ProcessPoolExecutor(args.jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:

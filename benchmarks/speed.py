@@ -1,11 +1,11 @@
 """Speed beside what one would use instead: MONAI, TorchIO, batchgeneratorsv2, medpy, surface-distance.
 
-    python benchmarks/speed.py [--data DIR] [--quick] [--csv FILE] [--write]
+    python benchmarks/speed.py [--data DIR] [--quick] [--write]
 
 Each side of a row runs in a process of its own. They take turns: once untimed, then five times.
 Ours has KEPT in its environment, as README tells users of a CPU; a rival runs as a process starts.
 DIR holds real cases, of which the first is used; without it a synthetic one is made. A GPU adds rows.
---quick tries the script out. --write puts the table into benchmarks/README.md, and in short into README.md.
+--quick tries the script out. --write writes results/speed.csv, and the table into both README.md.
 Needs benchmarks/requirements.txt; a rival is imported where it runs.
 """
 
@@ -15,24 +15,23 @@ import math
 import os
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
-from functools import cache, partial
 from importlib.metadata import version
 from multiprocessing import get_context
+from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+import phantom  # noqa: E402
 from barlow import Projector  # noqa: E402
 from data import augment, find_cases, labels_to_regions, load_case, normalize  # noqa: E402
 from infer import choose_precision, choose_window, hausdorff95, move_to, predict, write_csv  # noqa: E402
@@ -120,36 +119,31 @@ def regions_of(views, case, crop):
     """`views` of a crop, and the regions that follow from them."""
     image, labels, _, _ = Crops([(0, case)], crop, 0)[0]
     two_labels = views(image.float(), labels)
-    return lambda: [labels_to_regions(view) for view in two_labels()]
+    return lambda: tuple(labels_to_regions(view) for view in two_labels())
 
 
-def our_hd95(prediction, truth):
-    return [hausdorff95(p, t) for p, t in zip(prediction, truth)]
-
-
-def monai_hd95(prediction, truth):
+def monai_hd95(p, t):
     from monai.metrics import compute_hausdorff_distance
-    volumes = torch.from_numpy(prediction)[None], torch.from_numpy(truth)[None]
-    return compute_hausdorff_distance(*volumes, include_background=True, percentile=95)[0].tolist()
+    masks = torch.from_numpy(p)[None, None], torch.from_numpy(t)[None, None]
+    return compute_hausdorff_distance(*masks, include_background=True, percentile=95).item()
 
 
-def medpy_hd95(prediction, truth):
+def medpy_hd95(p, t):
     from medpy.metric.binary import hd95
-    for p, t in zip(prediction, truth):
-        hd95(p, t)    # of both directions together: another number than ours
+    hd95(p, t)    # of both directions together: another number than ours, so not given
 
 
-def surface_distance_hd95(prediction, truth):
+def surface_distance_hd95(p, t):
     from surface_distance import compute_robust_hausdorff, compute_surface_distances
-    for p, t in zip(prediction, truth):
-        compute_robust_hausdorff(compute_surface_distances(t, p, (1, 1, 1)), 95)    # weighed by area
+    compute_robust_hausdorff(compute_surface_distances(t, p, (1, 1, 1)), 95)    # weighed by area: neither
 
 
 def of_masks(hd95, case, holes):
     """`hd95` of the case's regions moved by 3 and 2 voxels, the share `holes` of their voxels left out."""
     truth = load_case(case)[1].numpy()
     kept = np.random.default_rng(0).random(truth.shape) >= holes
-    return partial(hd95, np.roll(truth, (3, 2), (1, 2)) & kept, truth)
+    prediction = np.roll(truth, (3, 2), (1, 2)) & kept
+    return lambda: [hd95(p, t) for p, t in zip(prediction, truth)]
 
 
 def our_network(filters):
@@ -187,35 +181,40 @@ def step(network, filters, crop, precision, device=CPU, dim=32, pool=8, compiled
     return take
 
 
-def gpu_peak(take):
-    """The MB that `take` allocates on the GPU at most."""
-    torch.cuda.reset_peak_memory_stats()
-    take()
-    return [torch.cuda.max_memory_allocated() / 1e6]
+def gpu_peak(*which):
+    """The MB that a step allocates on the GPU at most."""
+    take = step(*which)
+
+    def peak():
+        torch.cuda.reset_peak_memory_stats()
+        take()
+        return [torch.cuda.max_memory_allocated() / 1e6]
+
+    return peak
 
 
-def kept_for_backward(network, crop):
+def kept_for_backward(network):
     """The MB of tensors that autograd keeps of two views, parameters apart, on the path that GPUs take."""
-    torch.Tensor.is_cuda, x, kept = True, torch.randn(2, 4, *crop), {}
+    torch.Tensor.is_cuda, network, kept = True, network(16), {}
     own = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
 
     def pack(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor    # held, or another may get its address
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        network.decoder_end(network.features(x))
-    return [sum(tensor.untyped_storage().nbytes() for at, tensor in kept.items() if at not in own) / 1e6]
+    def count():
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            network.decoder_end(network.features(torch.randn(2, 4, 64, 64, 48)))
+        return [sum(tensor.untyped_storage().nbytes() for at, tensor in kept.items() if at not in own) / 1e6]
+
+    return count
 
 
 def our_prediction(case, roi):
     image, network, precision = normalize(load_case(case)[0]), our_network(8), choose_precision("auto", CPU)
-
-    def probabilities():    # as infer.py
-        with torch.autocast("cpu", dtype=precision, enabled=precision is not None):
-            return predict(network, image, choose_window(image, roi))
-
-    return probabilities
+    autocast = torch.autocast("cpu", dtype=precision, enabled=precision is not None)
+    return autocast(lambda: predict(network, image, choose_window(image, roi)))    # as infer.py
 
 
 def monai_prediction(case, roi):
@@ -226,114 +225,94 @@ def monai_prediction(case, roi):
     return lambda: torch.sigmoid(sliding(image[None], roi, 1, network, overlap=0.5, mode="gaussian"))
 
 
-# ---- rows -------------------------------------------------------------------------------------------------
-
-
-class Row(NamedTuple):
-    """What is measured; {side's name: what sets it up and returns what is timed}, ours first.
-
-    Where that gives a list of numbers, as ours does, they must agree; in a row of MB the first one counts.
-    """
-    what: str
-    sides: dict
-    times: int
-    unit: str = "s"
+# ---- rows: what, {side: (function, its arguments)} with ours first, how often, unit ------------------------
 
 
 def rows(case, quick):
     crop, small, times = ((96, 96, 96), (32, 32, 32), 1) if quick else ((192, 192, 144), (64, 64, 48), 5)
     long, short = ("x".join(map(str, sides)) for sides in (crop, small))
-    yield Row(f"a sample of {long}, one core", {
-        "ours": partial(our_sample, case, crop), "MONAI's BraTS tutorial": partial(monai_sample, case, crop),
-        "MONAI's PersistentDataset": partial(monai_sample, case, crop, True)}, times)
-    sides = {"ours": our_views, "MONAI": monai_views, "TorchIO": torchio_views,
-             "batchgeneratorsv2": batchgenerators_views}
-    yield Row(f"both views of {long}", {
-        side: partial(regions_of, views, case, crop) for side, views in sides.items()}, times)
-    sides = {"ours": our_hd95, "MONAI": monai_hd95, "medpy": medpy_hd95,
-             "surface-distance": surface_distance_hd95}
+    yield f"a sample of {long}, one core", {
+        "ours": (our_sample, case, crop), "MONAI's BraTS tutorial": (monai_sample, case, crop),
+        "MONAI's PersistentDataset": (monai_sample, case, crop, True)}, times, "s"
+    yield f"both views of {long}", {
+        "ours": (regions_of, our_views, case, crop), "MONAI": (regions_of, monai_views, case, crop),
+        "TorchIO": (regions_of, torchio_views, case, crop),
+        "batchgeneratorsv2": (regions_of, batchgenerators_views, case, crop)}, times, "s"
     for what, holes in (("HD95 of three regions", 0.0), ("the same, 3 % of voxels missing", 0.03)):
-        yield Row(what, {side: partial(of_masks, hd95, case, holes) for side, hd95 in sides.items()}, times)
-    yield Row("kept for backward, 16 filters, 64x64x48, float32", {
-        "ours": lambda: partial(kept_for_backward, our_network(16), (64, 64, 48)),
-        "MONAI": lambda: partial(kept_for_backward, monai_network(16), (64, 64, 48))}, 1, "MB")
+        yield what, {
+            "ours": (of_masks, hausdorff95, case, holes), "MONAI": (of_masks, monai_hd95, case, holes),
+            "medpy": (of_masks, medpy_hd95, case, holes),
+            "surface-distance": (of_masks, surface_distance_hd95, case, holes)}, times, "s"
+    yield "kept for backward, 16 filters, 64x64x48, float32", {
+        "ours": (kept_for_backward, our_network), "MONAI": (kept_for_backward, monai_network)}, 1, "MB"
     precision = choose_precision("auto", CPU)
     for filters in (16, 32):
-        yield Row(f"a training step, {filters} filters, {short}", {
-            "ours": partial(step, our_network, filters, small, precision),
-            "MONAI's network, float32": partial(step, monai_network, filters, small, None),
-            SAME: partial(step, monai_network, filters, small, precision)}, times)
-    yield Row("a case to probabilities, 8 filters", {
-        "ours": partial(our_prediction, case, crop),
-        f"MONAI, windows of {long}": partial(monai_prediction, case, crop),
-        "MONAI, one of 240x240x160": partial(monai_prediction, case, (240, 240, 160))}, min(times, 3))
+        yield f"a training step, {filters} filters, {short}", {
+            "ours": (step, our_network, filters, small, precision),
+            "MONAI's network, float32": (step, monai_network, filters, small, None),
+            SAME: (step, monai_network, filters, small, precision)}, times, "s"
+    yield "a case to probabilities, 8 filters", {
+        "ours": (our_prediction, case, crop), f"MONAI, windows of {long}": (monai_prediction, case, crop),
+        "MONAI, one of 240x240x160": (monai_prediction, case, (240, 240, 160))}, min(times, 3), "s"
     if torch.cuda.is_available():
-        yield from gpu_rows()
-
-
-def gpu_rows():
-    """The paper's step: 32 filters, 192x192x144, rows of 128."""
-    gpu, name = torch.device("cuda"), torch.cuda.get_device_name()
-    paper = 32, (192, 192, 144), choose_precision("auto", gpu), gpu, 128, 16
-    for what, compiled in ((f"the paper's step, {name}", False), ("the same, ours compiled", True)):
-        sides = {"ours": partial(step, our_network, *paper, compiled),
-                 "MONAI's network, autocast": partial(step, monai_network, *paper)}
-        yield Row(what, sides, 5)
-        yield Row("memory of that at most", {side: lambda start=start: partial(gpu_peak, start())
-                                      for side, start in sides.items()}, 5, "MB")
+        gpu, name = torch.device("cuda"), torch.cuda.get_device_name()
+        paper = 32, (192, 192, 144), choose_precision("auto", gpu), gpu, 128, 16
+        for what, compiled in ((name, False), (f"{name}, ours compiled", True)):
+            ours, rival = (our_network, *paper, compiled), (monai_network, *paper)
+            for of_it, function, unit in (("", step, "s"), ("memory of ", gpu_peak, "MB")):
+                yield f"{of_it}the paper's step, {what}", {
+                    "ours": (function, *ours), "MONAI's network, autocast": (function, *rival)}, 5, unit
 
 
 # ---- running them -----------------------------------------------------------------------------------------
 
 
-@cache    # in a side's process: it is set up once
-def start(index, side, case, quick):
-    row = list(rows(case, quick))[index]
-    return row.unit, row.sides[side]()
+def prepare(function, *arguments):
+    """In a side's process, as it starts."""
+    global take
+    take = function(*arguments)
 
 
-def measure(*which):
-    """One call of a side -> what counts, seconds or MB, and the list of numbers that it gives, or None."""
-    unit, take = start(*which)
+def measure():
+    """One call -> seconds, and the list of numbers that it gives, or None."""
     begin = time.perf_counter()
     found = take()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     seconds = time.perf_counter() - begin
-    numbers = found if isinstance(found, list) and isinstance(found[0], float) else None
-    return numbers[0] if unit == "MB" else seconds, numbers
+    return seconds, found if isinstance(found, list) and found[0] is not None else None
 
 
-def race(index, row, case, quick):
-    """The sides of a row in turn -> {side: [what counts]}. Raises AssertionError where they disagree."""
-    pools, found, expected = {}, {side: [] for side in row.sides}, None
-    for side in row.sides:
+def race(what, sides, times, unit):
+    """The sides of a row in turn -> {side: its seconds or MB}. Raises AssertionError where they disagree."""
+    pools, found, expected = {}, {side: [] for side in sides}, None
+    for side, which in sides.items():
         for name in KEPT:
             os.environ.pop(name, None)
         os.environ.update(KEPT if side in ("ours", SAME) else {})
-        pools[side] = ProcessPoolExecutor(1, get_context("spawn"))
-        pools[side].submit(int)    # its process starts, in this environment
-    for turn in range(row.times + 1):
-        for side, pool in pools.items():
-            value, numbers = pool.submit(measure, index, side, case, quick).result()
-            if turn:
-                found[side].append(value)
-            elif row.unit == "s" and numbers:
-                expected = expected or numbers
-                np.testing.assert_allclose(numbers, expected, rtol=1e-2, err_msg=f"{row.what}: {side}")
+        pools[side] = ProcessPoolExecutor(1, get_context("spawn"), prepare, which)
+        _, numbers = pools[side].submit(measure).result()    # its process starts, in this environment
+        if numbers and unit == "s":
+            expected = expected or numbers
+            np.testing.assert_allclose(numbers, expected, rtol=1e-2, err_msg=f"{what}: {side}")
+    for _, (side, pool) in itertools.product(range(times), pools.items()):
+        seconds, numbers = pool.submit(measure).result()
+        found[side].append(numbers[0] if unit == "MB" else seconds)
     for pool in pools.values():
         pool.shutdown()
     return found
 
 
-def lines_of(row, found):
+def lines_of(what, found, unit):
     """A line for each rival: medians and ranges of both sides, and the quotient of the medians."""
     (_, ours), *rivals = found.items()
     for rival, theirs in rivals:
-        line = {"what": row.what, "rival": rival, "unit": row.unit}
+        line = {"what": what, "rival": rival, "unit": unit}
         for side, values in (("ours", ours), ("theirs", theirs)):
             line |= {side: statistics.median(values), f"{side}_min": min(values), f"{side}_max": max(values)}
-        yield line | {"ratio": line["theirs"] / line["ours"]}
+        line["ratio"] = line["theirs"] / line["ours"]
+        print(f"{what}, {rival}: {line['ratio']:.3g}", file=sys.stderr)
+        yield line
 
 
 def tflop(filters, crop):
@@ -361,41 +340,38 @@ def page(lines):
 def in_short(lines):
     """README's table: for each row what ours takes, and how many times that the rivals do."""
     text = ["| what | ours | times ours |", "|---|---|---|"]
-    for what, group in itertools.groupby(lines, lambda line: line["what"]):
-        first, *others = group
-        rivals = "; ".join(f"{line['rival']} {line['ratio']:.3g}" for line in (first, *others))
-        text.append(f"| {what} | {first['ours']:.3g} {first['unit']} | {rivals} |")
+    for (what, ours, unit), group in itertools.groupby(lines, itemgetter("what", "ours", "unit")):
+        rivals = "; ".join(f"{line['rival']} {line['ratio']:.3g}" for line in group)
+        text.append(f"| {what} | {ours:.3g} {unit} | {rivals} |")
     return "\n".join(text) + "\n"
+
+
+def write(lines):
+    write_csv(ROOT / "benchmarks" / "results" / "speed.csv", lines)
+    block = re.compile("(?<=<!-- speed -->\n).*?(?=<!-- end -->)", re.DOTALL)
+    for name, table in ("benchmarks/README.md", page(lines)), ("README.md", in_short(lines)):
+        text = block.sub(lambda _: table, (ROOT / name).read_text(encoding="utf-8"))
+        (ROOT / name).write_text(text, encoding="utf-8")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, metavar="DIR", help="real cases (default: a synthetic one)")
     parser.add_argument("--quick", action="store_true", help="every row once, and smaller")
-    parser.add_argument("--csv", type=Path, default=Path("speed.csv"), help="(default: %(default)s)")
-    parser.add_argument("--write", action="store_true", help="put the table into both README.md")
+    parser.add_argument("--write", action="store_true", help="results/speed.csv, and into both README.md")
     args = parser.parse_args()
-    lines = []
     os.environ["PYTHONWARNINGS"] = "ignore"    # the rivals' own
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["TMPDIR"] = scratch
         if not args.data:
             args.data = Path(scratch, "phantom")
-            shape = ["--shape", "128", "128", "96"] if args.quick else []
-            command = [sys.executable, ROOT / "examples" / "phantom.py", args.data, "--cases", "1", *shape]
-            subprocess.run(command, check=True)
-        case = find_cases(args.data)[0]
-        for index, row in enumerate(rows(case, args.quick)):
-            for line in lines_of(row, race(index, row, case, args.quick)):
-                lines.append(line)
-                print(f"{row.what}, {line['rival']}: {line['ratio']:.3g}", file=sys.stderr)
-    write_csv(args.csv, lines)
-    print(text := page(lines))
+            shape = (128, 128, 96) if args.quick else (240, 240, 155)
+            phantom.save_case(args.data, "brats2021", 0, *phantom.make_case(shape, 0, 0))
+        lines = [line for what, sides, times, unit in rows(find_cases(args.data)[0], args.quick)
+                 for line in lines_of(what, race(what, sides, times, unit), unit)]
+    print(page(lines))
     if args.write:
-        block = re.compile("(?<=<!-- speed -->\n).*?(?=<!-- end -->)", re.DOTALL)
-        for readme, table in ("benchmarks/README.md", text), ("README.md", in_short(lines)):
-            page_text = (ROOT / readme).read_text(encoding="utf-8")
-            (ROOT / readme).write_text(block.sub(lambda _: table, page_text), encoding="utf-8")
+        write(lines)
 
 
 if __name__ == "__main__":

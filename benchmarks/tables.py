@@ -14,6 +14,7 @@ import csv
 import gzip
 import re
 import textwrap
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +28,8 @@ REGIONS = ("ET", "TC", "WT")
 DICE, HD95 = ([f"{measure}_{region.lower()}" for region in REGIONS] for measure in ("dice", "hd95"))
 PERTURBED = ("bias field", "contrast", "noise")
 SINGLES = tuple(f"single {i}" for i in range(5))
-POOLED = {"unperturbed": "as trained", "perturbed": PERTURBED, "all four": ("as trained", *PERTURBED)}
+CONDITIONS = ("as trained", *PERTURBED)
+POOLED = {"unperturbed": "as trained", "perturbed": PERTURBED, "all four": CONDITIONS}
 
 
 # ---- rows --------------------------------------------------------------------------------------------------
@@ -109,6 +111,13 @@ def merged(study, way="top N/2 by confidence", maps="5 maps"):
     return paired(*(of(study.ensembles, maps=maps, way=name) for name in ("mean", way)), ["dice"])
 
 
+def where_varied(study):
+    """The study with the scores of those cohorts, training cases and seeds that have the term's variants."""
+    which = itemgetter("cohort", "cases", "seed")
+    varied = {which(row) for row in study.scores if row["arm"] not in ("without", "with")}
+    return study._replace(scores=[row for row in study.scores if which(row) in varied])
+
+
 def maps_of(study, region, flips="0"):
     """-> {(seed, case): (4, maps)}: confidence (NaN of an empty map), Dice, voxels, true voxels"""
     groups = {}
@@ -160,26 +169,28 @@ def from_to(pair, digits=4):
     return "{:.{n}f} to {:.{n}f}: ".format(*np.nanmean(pair, (1, 2)), n=digits) + change(pair, digits)
 
 
+def spread(values, digits):
+    """'median (lowest tenth to highest tenth)'; 'none' where no case has what is asked."""
+    if not len(values):
+        return "none"
+    return "{1:.{n}f} ({0:.{n}f} to {2:.{n}f})".format(*np.percentile(values, (10, 50, 90)), n=digits)
+
+
 def table(head, rows):
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows])
 
 
-def side_by_side(studies, first, questions):
-    """A column a study, and a row a question: {name: function of a study, '' where nothing was run}."""
-    rows = [[name, *(ask(study) or "not run" for study in studies)] for name, ask in questions.items()]
+def side_by_side(studies, first, answer):
+    """A column a study, and a row a question. answer(study): {question: answer, '' where nothing was run}"""
+    columns = [answer(study) for study in studies]
+    rows = [[question, *(column[question] or "not run" for column in columns)] for question in columns[0]]
     return table([first, *(study.name for study in studies)], rows)
 
 
-def of_regions(ask, flips="0"):
-    """A function of `maps_of` -> one of a study, that says 'ET's answer; TC's; WT's'."""
-    return lambda study: "; ".join(ask(maps_of(study, region, flips)) for region in REGIONS)
-
-
-def sentence(studies, what, ask):
+def sentence(studies, what, pairs):
     """'On 56 patients ...': what was found, each study's interval, and what the intervals allow to say."""
     found, words = [], {}
-    for study in studies:
-        pair = ask(study)
+    for study, pair in zip(studies, pairs):
         _, low, high = interval(pair[1] - pair[0])
         seeds = f"{pair.shape[1]} seed{'s' * (pair.shape[1] > 1)}"
         few = f", as far as {seeds} tell" * (pair.shape[1] < 3)
@@ -191,24 +202,19 @@ def sentence(studies, what, ask):
     return textwrap.fill(f"- {text}{', '.join(words)}.", 110, subsequent_indent="  ", break_on_hyphens=False)
 
 
-CLAIMS = {"the Barlow Twins term": term, "merging five maps by confidence, not by their mean,": merged}
-PARTS = {    # of the term, on patients
-    "the term at weight 1, the sum read literally,": lambda study: term(study, arms=("without", "weight 1")),
-    "dropping its redundancy half (lambda 0)": lambda study: term(study, arms=("with", "lambda 0"))}
-
-
 def in_short(studies):
-    cohorts = {}
-    for study in studies:
-        cohorts.setdefault(study.name.split(",")[0], []).append(study)
-    varied = [study for study in next(iter(cohorts.values())) if where_varied(study).scores]
-    lines = [(these, *claim) for claim in CLAIMS.items() for these in cohorts.values()]
-    lines += [(varied, *part) for part in PARTS.items() if varied]
-    return "\n".join(sentence(*line) for line in lines)
-
-
-def by_seed(pair):
-    return ", ".join(f"{x:+.3f}" for x in np.nanmean(pair[1] - pair[0], 1))
+    """The paper's two claims, of patients and of phantoms, and of patients what the term consists of."""
+    phantoms = [study for study in studies if study.name == "phantoms"]
+    patients = [study for study in studies if study.name != "phantoms"]
+    varied = [study for study in patients if where_varied(study).scores]
+    lines = [(these, "the Barlow Twins term", map(term, these)) for these in (patients, phantoms)]
+    lines += [(these, "merging five maps by confidence, not by their mean,", map(merged, these))
+              for these in (patients, phantoms)]
+    lines += [(varied, "the term at weight 1, the sum read literally,",
+               [term(study, arms=("without", "weight 1")) for study in varied]),
+              (varied, "dropping its redundancy half (lambda 0)",
+               [term(study, arms=("with", "lambda 0")) for study in varied])]
+    return "\n".join(sentence(*line) for line in lines if line[0])
 
 
 def alone(pair):
@@ -217,22 +223,18 @@ def alone(pair):
     return "; ".join(signed(values).split(" ", 1)[1] for values in means)
 
 
-def rho(groups):
-    return signed(grid(ranks(groups)), 2)
-
-
-def answers(studies):
-    return side_by_side(studies, "mean Dice, but for the last row", {
-        "the term at 1/dim, unperturbed": lambda study: from_to(term(study)),
-        "its difference by seed": lambda study: by_seed(term(study)),
-        "the first two seeds alone": lambda study: change(term(study)[:, :2]),
-        "the interval by seeds alone; by cases alone": lambda study: alone(term(study)),
-        "the term, perturbed": lambda study: from_to(term(study, condition=PERTURBED)),
-        "top N/2 of 5 maps to their mean": lambda study: from_to(merged(study)),
-        "the network that validates best to that mean": lambda study: from_to(merged(study, "best single")),
-        "top N/2 of 40 maps to their mean": lambda study: from_to(merged(study, maps="40 maps")),
-        "effective rank of the features, of 8": lambda study: from_to(term(study, ["effective_rank"]), 2),
-    })
+def answers(study):
+    pair = term(study)
+    return {
+        "the term at 1/dim, unperturbed": from_to(pair),
+        "its difference by seed": ", ".join(f"{x:+.3f}" for x in np.nanmean(pair[1] - pair[0], 1)),
+        "the first two seeds alone": change(pair[:, :2]),
+        "the interval by seeds alone; by cases alone": alone(pair),
+        "the term, perturbed": from_to(term(study, condition=PERTURBED)),
+        "top N/2 of 5 maps to their mean": from_to(merged(study)),
+        "the network that validates best to that mean": from_to(merged(study, "best single")),
+        "top N/2 of 40 maps to their mean": from_to(merged(study, maps="40 maps")),
+        "effective rank of the features, of 8": from_to(term(study, ["effective_rank"]), 2)}
 
 
 def terms(studies, condition):
@@ -248,15 +250,6 @@ def terms(studies, condition):
     return table(["study", "cohort", "to train on", "mean Dice", *REGIONS, "mean HD95, mm"], lines)
 
 
-def where_varied(study):
-    """The study's scores of the cohorts, training cases and seeds that have the term's variants too."""
-    def which(row):
-        return row["cohort"], row["cases"], row["seed"]
-
-    varied = {which(row) for row in study.scores if row["arm"] not in ("without", "with")}
-    return study._replace(scores=[row for row in study.scores if which(row) in varied])
-
-
 def variants(studies, condition="as trained", columns=DICE):
     """The term and its variants, beside the term and beside its absence, in the studies that have them."""
     studies = [study for study in map(where_varied, studies) if study.scores]
@@ -267,35 +260,16 @@ def variants(studies, condition="as trained", columns=DICE):
     return table(["arm", *(f"{study.name}: to *{other}*" for study, other in beside)], rows)
 
 
-def ensembles(studies):
+def ensembles(study):
     """Ways to merge the maps, each to the maps' plain mean."""
     ways = {way: way for way in ("top N/2 by confidence", "weighted by confidence", "geometric mean")}
     ways |= {"the network that validates best": "best single", "a network alone, on average": SINGLES}
-    return side_by_side(studies, "to the plain mean", {
-        f"{maps}: {name}": lambda study, way=way, maps=maps: change(merged(study, way, maps))
-        for maps in ("5 maps", "5 maps, flips averaged", "40 maps") for name, way in ways.items()})
+    return {f"{maps}: {name}": change(merged(study, way, maps))
+            for maps in ("5 maps", "5 maps, flips averaged", "40 maps") for name, way in ways.items()}
 
 
-# ---- why confidence ranks one cohort's maps and not another's ----------------------------------------------
-
-
-def spread(values, digits):
-    """'median (lowest tenth to highest tenth)'; 'none' where no case has what is asked."""
-    if not len(values):
-        return "none"
-    return "{1:.{n}f} ({0:.{n}f} to {2:.{n}f})".format(*np.percentile(values, (10, 50, 90)), n=digits)
-
-
-def painted(groups):
-    """Predicted / true voxels of a case's median map, over the cases that have something to find."""
-    return spread([np.median(voxels) / truth[0] for *_, voxels, truth in groups.values() if truth[0]], 1)
-
-
-def enhancing(study):
-    et, wt = (maps_of(study, region) for region in ("ET", "WT"))
-    none = {case: values[3, 0] == 0 for (_, case), values in et.items()}
-    share = spread([et[key][3, 0] / wt[key][3, 0] for key in et], 2)
-    return f"{share}; none in {sum(none.values())} of {len(none)}"
+def rho(groups):
+    return signed(grid(ranks(groups)), 2)
 
 
 def usual_rho(groups):
@@ -303,24 +277,30 @@ def usual_rho(groups):
     return f"{np.mean([spearman(*network[:2]) for network in usual(groups).values()]):+.2f}"
 
 
-def rankings(studies):
-    """What the maps of a case are like, and what goes with how confidence ranks them."""
-    def size_differs(maps):
-        return maps[2].std() / maps[2].mean()
+def about_maps(groups):
+    """What a region's maps of a case are like, and what goes with how confidence ranks them."""
+    _, dice, voxels, truth = zip(*groups.values())
+    sizes = [np.median(painted) / true[0] for painted, true in zip(voxels, truth) if true[0]]
+    return {
+        "rho of confidence and Dice": rho(groups),
+        "rho, each network's usual level taken off": rho(without_usual(groups)),
+        "rho of usual confidence and usual Dice": usual_rho(groups),
+        "rho of confidence and size": f"{np.mean([*ranks(groups, 0, 2).values()]):+.2f}",
+        "sd of Dice": f"{np.mean([values.std() for values in dice]):.3f}",
+        "sd of size / size": f"{np.mean([values.std() / values.mean() for values in voxels]):.2f}",
+        "voxels predicted / true": spread(sizes, 1)}
 
-    asked = {
-        "rho of confidence and Dice": rho,
-        "rho, each network's usual level taken off": lambda groups: rho(without_usual(groups)),
-        "rho of usual confidence and usual Dice": usual_rho,
-        "rho of confidence and size": lambda groups: f"{np.mean([*ranks(groups, 0, 2).values()]):+.2f}",
-        "sd of Dice": lambda groups: f"{np.mean([maps[1].std() for maps in groups.values()]):.3f}",
-        "sd of size / size": lambda groups: f"{np.mean([*map(size_differs, groups.values())]):.2f}",
-        "voxels predicted / true": painted,
-    }
-    questions = {question: of_regions(ask) for question, ask in asked.items()}
-    questions["ET's share of WT in truth"] = enhancing
-    questions["rho of confidence and Dice of 40 maps"] = of_regions(rho, flips="01234567")
-    return side_by_side(studies, "five maps of a case: ET; TC; WT", questions)
+
+def rankings(study):
+    et, _, wt = five = [maps_of(study, region) for region in REGIONS]
+    forty = (maps_of(study, region, "01234567") for region in REGIONS)
+    abouts = [about_maps(groups) for groups in five]
+    found = {question: "; ".join(about[question] for about in abouts) for question in abouts[0]}
+    share = spread([et[key][3, 0] / wt[key][3, 0] for key in et], 2)
+    enhances = {case: values[3, 0] > 0 for (_, case), values in et.items()}
+    none = len(enhances) - sum(enhances.values())
+    return found | {"ET's share of WT in truth": f"{share}; none in {none} of {len(enhances)}",
+                    "rho of confidence and Dice of 40 maps": "; ".join(map(rho, forty))}
 
 
 # ---- the command -------------------------------------------------------------------------------------------
@@ -328,8 +308,10 @@ def rankings(studies):
 
 def all_tables(studies):
     """-> {name: Markdown}"""
-    tables = {"in short": in_short(studies), "answers": answers(studies), "ensembles": ensembles(studies),
-              "rankings": rankings(studies)}
+    tables = {"in short": in_short(studies),
+              "answers": side_by_side(studies, "mean Dice, but for the last row", answers),
+              "ensembles": side_by_side(studies, "to the plain mean", ensembles),
+              "rankings": side_by_side(studies, "five maps of a case: ET; TC; WT", rankings)}
     for name, condition in POOLED.items():
         tables[f"variants, {name}"] = variants(studies, condition)
     tables["variants, effective rank"] = variants(studies, columns=["effective_rank"])
@@ -337,8 +319,8 @@ def all_tables(studies):
     return tables | {f"term, {name}": terms(studies, condition) for name, condition in conditions.items()}
 
 
-def print_all(folder=None):
-    for name, content in all_tables([load(folder / "*.csv")] if folder else load_committed()).items():
+def print_all(studies):
+    for name, content in all_tables(studies).items():
         print(f"\n{name}\n\n{content}", flush=True)
 
 
@@ -353,15 +335,15 @@ def main():
     parser.add_argument("folder", type=Path, nargs="?", help="where ablation.py left its three CSVs")
     parser.add_argument("--write", action="store_true", help="into RESULTS.md and README.md instead")
     args = parser.parse_args()
-    if args.write:
-        tables = all_tables(load_committed())
-        for page in PAGES:
-            page.write_text(fill(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
-        return
     try:
-        print_all(args.folder)
+        studies = [load(args.folder / "*.csv")] if args.folder else load_committed()
     except OSError as error:
         parser.error(f"{error}: ablation.py writes it as it ends")
+    if not args.write:
+        return print_all(studies)
+    tables = all_tables(studies)
+    for page in PAGES:
+        page.write_text(fill(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,21 +4,19 @@
     python benchmarks/torture.py fuzz    # damaged scans, checkpoints and data lists through their readers
 
 kill: the end must be that of the run left alone, every tensor of last.pt and best.pt.
---one and --two count kills of the whole run, on one process and on two, half of them as a file is saved.
---agent and --agents count kills of a rank of two, which torchrun starts again, with one agent and with two.
-Each start has its own number of workers, and the cache or none.
+Half of the --kills come as a file is saved. Each start has its own number of workers, and the cache or none.
 fuzz: each of --inputs loads or is refused in one line, within 5 s of a core, and no payload runs.
 """
 
 import argparse
 import gzip
+import io
 import json
 import os
 import pickle
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -42,55 +40,33 @@ import train  # noqa: E402
 
 # ---- kill -------------------------------------------------------------------------------------------------
 
-# five cases to train on, one to validate: 5 steps an epoch on one process, 3 on two
+# five cases to train on, one to validate
 SMALL = ["--folds", "6", "--epochs", "4", "--lr", "1e-3", "--crop", "16", "16", "16", "--filters", "8",
          "--pool", "4", "--dim", "4", "--validate-every", "2", "--amp", "off"]
 
 
-def launch(out, rng, ranks, agents=1):
-    """Starts train.py, which prints into OUT.txt -> its root processes, one an agent of torchrun's."""
-    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks // agents}", "--max-restarts=1"]
-    if agents > 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            endpoint = f"--rdzv-endpoint=127.0.0.1:{probe.getsockname()[1]}"
-        torchrun += [f"--nnodes={agents}", "--rdzv-backend=c10d", endpoint, "--local-addr=127.0.0.1"]
-    command = [sys.executable, *(torchrun if ranks > 1 else []), ROOT / "train.py", *SMALL, "--out", out,
-               "--data", out.with_name("cohort"), "--workers", str(rng.randrange(3)),
-               "--cache", rng.choice(("none", f"{out}-cache"))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    with open(f"{out}.txt", "a") as log:
-        return [subprocess.Popen(command, stdout=log, stderr=log, env=environment) for _ in range(agents)]
-
-
-def printed(out):
-    return Path(f"{out}.txt").read_text()
-
-
-def wait_for_training(out, start, roots):
-    """Until the run's start number `start` has got as far as training, or a process has ended."""
-    while printed(out).count(" epochs of ") < start and all(root.poll() is None for root in roots):
+def start(out, rng):
+    """Starts train.py, which prints into OUT.txt -> its process, as soon as that trains or has ended."""
+    command = [sys.executable, ROOT / "train.py", *SMALL, "--out", out, "--data", out.with_name("cohort"),
+               "--workers", str(rng.randrange(3)), "--cache", rng.choice(("none", f"{out}-cache"))]
+    with open(f"{out}.txt", "w") as log:
+        run = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while " epochs of " not in Path(log.name).read_text() and run.poll() is None:
         time.sleep(0.01)
+    return run
 
 
-def children(pid):
-    try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:    # it has just ended
-        return []
-
-
-def kill_all(root):
-    """SIGKILL for a process and all below it at once, as when a machine goes down."""
-    pids = [root.pid]
-    for pid in pids:
-        pids += children(pid)
-    for pid in pids:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-    root.wait()
+def kill_while_running(out, run, seconds, saving):
+    """Kills it and its readers after `seconds`, or as it saves its next file -> whether it still ran."""
+    time.sleep(seconds)
+    while saving and run.poll() is None and not any(out.glob(".part*")):
+        time.sleep(0.0005)
+    if run.poll() is not None:
+        return False
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    return True
 
 
 def same(found, expected):
@@ -103,74 +79,39 @@ def same(found, expected):
     return torch.equal(found, expected) if isinstance(expected, torch.Tensor) else found == expected
 
 
-def ends_unlike(out, alone):
-    """1 if a run did not end like the one left alone, or left more than its three files; prints why."""
+def ends_unlike(out, run, alone):
+    """Whether a run does not end like the one left alone, or leaves more than its three files."""
+    assert run.wait() == 0, Path(f"{out}.txt").read_text()
     files = sorted(path.name for path in out.iterdir())
     equal = [same(*(torch.load(folder / name, weights_only=True) for folder in (out, alone)))
              for name in ("last.pt", "best.pt")]
     if all(equal) and files == ["best.pt", "last.pt", "log.csv"]:
-        return 0
-    print(f"{out.name} ends unlike the run left alone: {equal}, {files}\n{printed(out)}")
-    return 1
-
-
-def kill_runs(alone, seconds, kills, rng, ranks):
-    """Kills whole runs and starts each again until it ends -> a line of figures, how many ended unlike."""
-    done, runs, unlike = 0, 0, 0
-    while done < kills:
-        out, starts, code = alone.with_name(f"run{ranks}-{runs}"), 0, None
-        while code is None:
-            (root,), starts = launch(out, rng, ranks), starts + 1
-            wait_for_training(out, starts, [root])
-            try:
-                code = root.wait(rng.uniform(0, seconds) if done < kills else None)
-            except subprocess.TimeoutExpired:
-                while done % 2 and root.poll() is None and not any(out.glob(".part*")):
-                    time.sleep(0.0005)
-                code = root.poll()
-                done += code is None
-                kill_all(root)
-        assert code == 0, printed(out)
-        runs, unlike = runs + 1, unlike + ends_unlike(out, alone)
-    return f"{done} kills, {runs} runs ended", unlike
-
-
-def kill_ranks(alone, seconds, kills, rng, agents):
-    """Kills a rank of two in each run, which torchrun starts again -> as `kill_runs`."""
-    unlike = 0
-    for number in range(kills):
-        out = alone.with_name(f"agents{agents}-{number}")
-        roots = launch(out, rng, 2, agents)
-        wait_for_training(out, 1, roots)
-        time.sleep(rng.uniform(0, 0.7 * seconds))    # before it is leaving already
-        os.kill(rng.choice([child for root in roots for child in children(root.pid)]), signal.SIGKILL)
-        codes = [root.wait() for root in roots]
-        assert codes == [0] * agents and printed(out).count(" epochs of ") == 2, f"{codes}\n{printed(out)}"
-        unlike += ends_unlike(out, alone)
-    return f"{kills} ranks killed and started again, {kills} runs ended", unlike
+        return False
+    print(f"{out} ends unlike {alone}: {equal}, {files}\n{Path(f'{out}.txt').read_text()}")
+    return True
 
 
 def kill(args):
-    """-> how many runs ended unlike the one left alone"""
-    rng, total = random.Random(args.seed), 0
+    """Kills runs, each until it ends -> how many ended unlike the one left alone."""
+    rng, done, runs, unlike = random.Random(args.seed), 0, 0, 0
     with tempfile.TemporaryDirectory() as scratch:
-        make = [sys.executable, ROOT / "examples" / "phantom.py", f"{scratch}/cohort", "--cases", "6"]
-        subprocess.run([*make, "--shape", "32", "32", "32"], check=True, stdout=subprocess.DEVNULL)
-        for what, ranks, count, way, argument in (
-                ("one process", 1, args.one, kill_runs, 1), ("two processes", 2, args.two, kill_runs, 2),
-                ("one agent", 2, args.agent, kill_ranks, 1), ("two agents", 2, args.agents, kill_ranks, 2)):
-            alone = Path(scratch, f"alone{ranks}")
-            if count and not alone.exists():
-                roots = launch(alone, rng, ranks)
-                wait_for_training(alone, 1, roots)
-                start = time.monotonic()
-                assert roots[0].wait() == 0, printed(alone)
-                seconds = time.monotonic() - start
-            if count:
-                figures, unlike = way(alone, seconds, count, rng, argument)
-                total += unlike
-                print(f"{what}: {figures}, {unlike} unlike the run left alone ({seconds:.1f} s)", flush=True)
-    return total
+        for number in range(6):
+            case = phantom.make_case((32, 32, 32), 0, number)
+            phantom.save_case(Path(scratch, "cohort"), "brats2021", number, *case)
+        alone = Path(scratch, "alone")
+        run, begin = start(alone, rng), time.monotonic()
+        assert run.wait() == 0, Path(f"{alone}.txt").read_text()
+        seconds = time.monotonic() - begin    # of training
+        while done < args.kills:
+            out = Path(scratch, f"run{runs}")
+            run = start(out, rng)
+            while done < args.kills and kill_while_running(out, run, rng.uniform(0, seconds), done % 2):
+                done += 1
+                run = start(out, rng)
+            runs += 1
+            unlike += ends_unlike(out, run, alone)
+    print(f"{done} kills, {runs} runs ended, {unlike} unlike the run left alone")
+    return unlike
 
 
 # ---- fuzz -------------------------------------------------------------------------------------------------
@@ -189,34 +130,40 @@ class Payload:
         return Path.touch, (self.path,)
 
 
+def make_parts():
+    views = train.TwoViews(train.SegResNet(filters=8), train.Projector(8, 4, 8))
+    return {"views": views, "optimizer": torch.optim.AdamW(views.parameters())}
+
+
 def make_material(folder):
-    """What is damaged: a scan, labels, a 4-D file, a map, a checkpoint, a data list -> {name: bytes}"""
+    """What is damaged: a case's volumes, a 4-D one, a map, checkpoints, a data list -> {name: bytes}"""
     images, labels = phantom.make_case((32, 32, 32), 0, 0)
-    maps = np.full((32, 32, 32, 3), 0.7, np.float32)
-    volumes = {"scan": images[0], "labels": labels, "4d": images.transpose(1, 2, 3, 0), "map": maps}
+    volumes = {"case0_seg": labels, "4d": images.transpose(1, 2, 3, 0),
+               "map": np.full((32, 32, 32, 3), 0.7, np.float32)}
+    volumes |= {f"case0_{name}": image for name, image in zip(data.MODALITIES, images)}
     for name, volume in volumes.items():
         phantom.save(folder / f"{name}.nii", volume)
-    views = train.TwoViews(train.SegResNet(filters=8), train.Projector(8, 4, 8))
-    data.save_tensors(folder / "last.pt", {
-        "model": views.network.state_dict(), "settings": {"filters": 8, "norm": "instance"},
-        "train_cases": [], "val_cases": [], "views": views.state_dict(), "epoch": 1, "best": 0.0, "log": [],
-        "optimizer": torch.optim.AdamW(views.parameters()).state_dict()})
+    parts = make_parts()
+    checkpoint = {"model": parts["views"].network.state_dict(), "epoch": 1, "best": 0.0, "log": [],
+                  "settings": {"filters": 8, "norm": "instance"}, "train_cases": [], "val_cases": []}
+    checkpoint |= {name: part.state_dict() for name, part in parts.items()}
+    for name in ("best.pt", "last.pt"):
+        data.save_tensors(folder / name, checkpoint)
     entries = [{"fold": fold, "label": f"case{fold}/case{fold}_seg.nii.gz"} for fold in range(5)]
     (folder / "list.json").write_text(json.dumps({"training": entries}))
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def damage(rng, content, stop=None):
-    """Up to eight bytes changed before `stop`, or the rest cut off, or something put behind."""
+def damage(rng, content):
+    """The rest cut off, or something put behind, or up to eight bytes changed, often in the first 352."""
     content, way = bytearray(content), rng.random()
-    stop = min(stop or len(content), len(content))
-    if way < 0.7:
-        for _ in range(rng.randint(1, 8)):
-            content[rng.randrange(stop)] = rng.choice((0, 255, rng.randrange(256)))
-    elif way < 0.9:
-        del content[rng.randrange(len(content)):]
-    else:
-        content += rng.randbytes(5000)
+    if way < 0.2:
+        return bytes(content[: rng.randrange(len(content))])
+    if way < 0.3:
+        return bytes(content + rng.randbytes(5000))
+    stop = rng.choice((min(352, len(content)), len(content)))
+    for _ in range(rng.randint(1, 8)):
+        content[rng.randrange(stop)] = rng.choice((0, 255, rng.randrange(256)))
     return bytes(content)
 
 
@@ -230,7 +177,7 @@ def damage_volume(rng, content):
         field[rng.randrange(field.size) if field.ndim else ()] = number
         content = header.structarr.tobytes() + content[348:]
     elif way < 0.8:
-        content = damage(rng, content, stop=rng.choice((352, None)))
+        content = damage(rng, content)
     elif way < 0.85:    # much from little: zeros behind a header that asks for them
         header.set_data_shape((rng.choice((320, 1000, 30000)),) * 3)
         return gzip.compress(header.structarr.tobytes(), 1) + gzip.compress(bytes(2**25)) * 8, ".nii.gz"
@@ -239,22 +186,21 @@ def damage_volume(rng, content):
                        (content, ".nii.gz")))
 
 
-def damage_checkpoint(rng, content, folder):
+def damage_checkpoint(rng, content, hostile):
     """A damaged, foreign or hostile checkpoint -> its bytes."""
-    way, hostile = rng.random(), Payload(folder / "payload ran")
+    way = rng.random()
     if way < 0.6:
         return damage(rng, content) if way < 0.5 else pickle.dumps(hostile)
-    (folder / "whole.pt").write_bytes(content)
-    loaded = torch.load(folder / "whole.pt", weights_only=True)
+    loaded = torch.load(io.BytesIO(content), weights_only=True)
     weights = loaded["model"]["init_conv.weight"]
+    others = weights.half(), weights[:1], weights * np.nan, torch.zeros(1).expand(2**20, 2**12), 3, None
     if way < 0.7:
-        others = weights.half(), weights[:1], weights * np.nan, torch.zeros(1).expand(2**20, 2**12), 3, None
-        loaded["model"][rng.choice(list(loaded["model"]))] = rng.choice(others)
+        where, things = loaded["model"], others
     else:
-        where = rng.choice((loaded, loaded["settings"], loaded["optimizer"]))
-        where[rng.choice(list(where))] = rng.choice((*THINGS, hostile))
-    torch.save(loaded, folder / "whole.pt")
-    return (folder / "whole.pt").read_bytes()
+        where, things = rng.choice((loaded, loaded["settings"], loaded["optimizer"])), (*THINGS, hostile)
+    where[rng.choice(list(where))] = rng.choice(things)
+    torch.save(loaded, packed := io.BytesIO())
+    return packed.getvalue()
 
 
 def damage_list(rng, content):
@@ -267,24 +213,21 @@ def damage_list(rng, content):
 
 def read_one(rng, material, folder):
     """One damaged input through the reader that users reach it by. Raises whatever that raises."""
-    kind = rng.choice(("scan.nii", "labels.nii", "4d.nii", "map.nii", "best.pt", "last.pt", "list.json"))
-    path = folder / kind
-    if kind.endswith(".pt"):
-        path.write_bytes(damage_checkpoint(rng, material["last.pt"], folder))
+    for name, content in material.items():
+        if name.startswith("case0"):
+            (folder / name).write_bytes(content)
+    kind = rng.choice(list(material))
+    path, content = folder / kind, material[kind]
+    if path.suffix == ".pt":
+        path.write_bytes(damage_checkpoint(rng, content, Payload(folder / "payload ran")))
         if kind == "best.pt":
             return infer.load_checkpoint(path)
-        views = train.TwoViews(train.SegResNet(filters=8), train.Projector(8, 4, 8))
-        parts = {"views": views, "optimizer": torch.optim.AdamW(views.parameters())}
-        return train.resume(path, {"filters": 8}, parts)
-    for name in ("t1", "t1ce", "t2", "flair", "seg"):
-        (folder / f"case0_{name}.nii").write_bytes(material["labels.nii" if name == "seg" else "scan.nii"])
+        return train.resume(path, {"filters": 8}, make_parts())
     if kind == "list.json":
-        path.write_bytes(damage_list(rng, material[kind]))
+        path.write_bytes(damage_list(rng, content))
         return train.listed_folds(path, data.find_cases(folder))
-    content, suffix = damage_volume(rng, material[kind])
-    if kind in ("scan.nii", "labels.nii"):
-        path = folder / f"case0_{rng.choice(data.MODALITIES) if kind == 'scan.nii' else 'seg'}.nii"
-        path.unlink()
+    path.unlink(missing_ok=True)
+    content, suffix = damage_volume(rng, content)
     path = path.with_suffix(suffix)
     path.write_bytes(content)
     if kind == "map.nii":
@@ -312,7 +255,7 @@ def judge(rng, material, folder):
 
 def fuzz(args):
     """-> the number of violations"""
-    outcomes, slowest = Counter(), 0.0
+    outcomes = Counter()
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     warnings.simplefilter("ignore")    # PyTorch's, about foreign pickles
@@ -324,22 +267,19 @@ def fuzz(args):
         for number in range(args.inputs):
             shutil.rmtree(folder)
             folder.mkdir()
-            start = time.process_time()
             verdict = judge(random.Random(f"{args.seed} {number}"), material, folder)
-            slowest = max(slowest, time.process_time() - start)
             if verdict not in ("loaded", "refused in one line"):
                 print(f"input {number}: {verdict}", flush=True)
                 verdict = "neither"
             outcomes[verdict] += 1
-    print(f"{args.inputs} inputs, seed {args.seed}: {dict(outcomes)}; the slowest took {slowest:.2f} s")
+    print(f"{args.inputs} inputs, seed {args.seed}: {dict(outcomes)}")
     return outcomes["neither"]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("what", choices=("kill", "fuzz"))
-    counts = {"--one": 20, "--two": 20, "--agent": 5, "--agents": 5, "--inputs": 2000, "--seed": 0}
-    for flag, default in counts.items():
+    for flag, default in (("--kills", 40), ("--inputs", 2000), ("--seed", 0)):
         parser.add_argument(flag, type=int, default=default, metavar="N", help=f"(default: {default})")
     args = parser.parse_args()
     sys.exit(bool(kill(args) if args.what == "kill" else fuzz(args)))
