@@ -307,6 +307,8 @@ def places(cohort, checkpoint, tmp_path_factory):
     ("infer.py --score {run} --truth {cohort} --held-out", "--score"),
     ("ensemble.py {maps}", "--out"),
     ("ensemble.py --out out", "FOLDER"),
+    ("phantom.py out --like brats2020", "--like"),
+    *((f"phantom.py out {flag}", flag.split()[0]) for flag in ("--cases 0", "--shape 32 31 32", "--seed -1")),
 ])
 def test_what_argparse_refuses(call, places, tmp_path, monkeypatch, line, found):
     monkeypatch.chdir(tmp_path)
@@ -342,6 +344,7 @@ def test_what_argparse_refuses(call, places, tmp_path, monkeypatch, line, found)
     ("infer.py {seen} --checkpoints {best} --held-out", "--held-out: no case"),
     ("infer.py --score {run} --truth {bare}", "{bare}: no case has a segmentation"),
     ("ensemble.py --out out {maps} {maps}", "one folder twice"),
+    ("ensemble.py --out {maps}/../maps {maps}", "one folder twice"),
     ("ensemble.py --out out {maps} --labels 1 2 300", "--labels"),
     ("ensemble.py --out out {maps} --labels 1 1 1", "--labels"),
 ])
@@ -356,14 +359,16 @@ def test_a_mistake_in_the_call_is_one_line(call, places, tmp_path, monkeypatch, 
 # ---- where results go -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("line", ["train.py --data {cohort}", "infer.py {cohort} --checkpoints {best}"])
+@pytest.mark.parametrize("line", [
+    f"train.py --data {{cohort}} --out {{out}} {' '.join(TINY)}", "ensemble.py --out {out} {maps}",
+    "infer.py {cohort} --checkpoints {best} --out {out}", "phantom.py --shape 32 32 32 {out}"])
 @pytest.mark.parametrize("out", ["{tmp}/file/out", "{tmp}/file", "/proc/self/out"])
 def test_a_folder_that_cannot_be_written_is_one_line(call, places, tmp_path, line, out):
     """/proc is read-only to everybody; permissions would not stop an administrator."""
     (tmp_path / "file").write_text("in the way\n")
-    script, *arguments = line.format(**places).split()
     out = out.format(tmp=tmp_path)
-    result = call(script, "--out", out, *TINY * (script == "train.py"), *arguments)
+    script, *arguments = line.format(out=out, **places).split()
+    result = call(script, *arguments)
     assert is_one_line(result, script, out) and not result[1], "found out after the work"
     assert files(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "in the way\n"
 
