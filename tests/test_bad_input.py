@@ -374,18 +374,20 @@ def test_a_folder_that_cannot_be_written_is_one_line(call, places, tmp_path, lin
 
 
 @pytest.mark.parametrize("line, size, named", [
-    ("{cohort} --checkpoints {best} --probabilities", 20_000, "out/probabilities/BraTS2021_00000.nii.gz"),
-    ("{cohort} --checkpoints {best}", 100, "out/BraTS2021_00000.nii.gz"),
-    ("--score {scored} --truth {copy}", 20, "scored.csv"),
+    ("infer.py {cohort} --checkpoints {best} --out {tmp}/out --probabilities", 20_000, "out/probabilities/Bra"),
+    ("infer.py {cohort} --checkpoints {best} --out {tmp}/out", 100, "out/BraTS2021_00000.nii.gz"),
+    ("infer.py --score {tmp}/scored --truth {copy}", 20, "scored.csv"),
+    (f"train.py --data {{cohort}} --out {{tmp}}/out {' '.join(TINY)}", 20_000, "cache/BraTS2021_0000"),
+    ("ensemble.py --out {tmp}/out {maps}", 20, "out/map.nii.gz"),
 ])
 def test_a_full_disk_leaves_nothing_torn(call, places, tmp_path, monkeypatch, line, size, named):
     monkeypatch.setattr(infer, "free_shared_memory", lambda: 0)    # shared memory is a file, too
-    scored = tmp_path / "scored"
-    scored.mkdir()
-    shutil.copy(places["copy"] / "BraTS2021_00000_seg.nii.gz", scored / "BraTS2021_00000.nii.gz")
+    (tmp_path / "scored").mkdir()
+    shutil.copy(places["copy"] / "BraTS2021_00000_seg.nii.gz", tmp_path / "scored/BraTS2021_00000.nii.gz")
+    script, *arguments = line.format(tmp=tmp_path, **places).split()
     with limit(resource.RLIMIT_FSIZE, size):
-        result = call("infer.py", "--out", tmp_path / "out", *line.format(scored=scored, **places).split())
-    assert is_one_line(result, "infer.py", tmp_path / named, "File too large")
+        result = call(script, *arguments)
+    assert is_one_line(result, script, tmp_path / named, "File too large")
     assert files(tmp_path) == ["scored/BraTS2021_00000.nii.gz"]
 
 
