@@ -17,6 +17,7 @@ sys.path[:0] = [str(REPO), str(REPO / "examples")]
 torch.set_num_threads(1)    # two threads on two busy cores wait for each other, ten times as long
 # flags of train.py for networks and steps as small as they go
 TINY = "--epochs 1 --crop 32 32 32 --filters 8 --pool 8 --dim 4 --amp off --workers 0".split()
+TINIER = [*TINY, *"--crop 16 16 16 --pool 4".split()]
 
 
 def _run(*command, cwd=REPO, ok=None, stdout=subprocess.PIPE):

@@ -18,13 +18,13 @@ import data
 import infer
 import phantom
 import train
-from conftest import TINY, read_rows
+from conftest import TINIER, read_rows
 from data import InputError, find_cases, load_case
 from segresnet import SegResNet
 
 LABELS = {"brats2021": (1, 2, 4), "brats2023": (1, 2, 3), "ucsf": (1, 2, 4), "upenn": (1, 2, 4),
           "decathlon": (2, 1, 3)}    # of necrosis, oedema, enhancing tumour
-SMALL = *TINY, *"--crop 16 16 16 --pool 4 --cache none".split()
+SMALL = *TINIER, "--cache", "none"
 OLD, NEW = "_t1 _t1ce _t2 _flair _seg", "-t1n -t1c -t2w -t2f -seg"
 
 
