@@ -1,19 +1,16 @@
 """The figure: the paper's colours, the case of median Dice, curves of what was measured."""
 
-import sys
-
 import nibabel as nib
 import numpy as np
 import pytest
 
-from conftest import REPO
 from data import find_cases
 
 plt = pytest.importorskip("matplotlib.pyplot")
-sys.path.append(str(REPO / "examples"))
-import figure
+import figure  # noqa: E402
 
 HEAD = "epoch,dice_loss,barlow,dice_et,dice_tc,dice_wt"
+
 
 def save_prediction(folder, case, labels):
     """Labels (X, Y, Z) as the prediction of a case."""
@@ -25,13 +22,13 @@ def read_truth(case):
     return np.asarray(nib.load(case.label).dataobj)
 
 
-def test_truth_and_prediction_are_in_the_papers_colours(run, cohort, checkpoint, tmp_path):
+def test_truth_and_prediction_are_in_the_papers_colours(call, cohort, checkpoint, tmp_path):
     case = next(case for case in find_cases(cohort) if {1, 2, 4} <= set(np.unique(read_truth(case))))
     truth, counts = read_truth(case), []
     for labels in (np.zeros_like(truth), truth):
         save_prediction(tmp_path, case, labels)
-        run("examples/figure.py", "--cohort", cohort, "--predictions", tmp_path, "--case", case.name,
-            "--runs", checkpoint.parent, "--out", tmp_path / "figure.png", ok=0)
+        call("figure.py", "--cohort", cohort, "--predictions", tmp_path, "--case", case.name,
+             "--runs", checkpoint.parent, "--out", tmp_path / "figure.png", ok=0)
         red, green, blue = np.moveaxis(plt.imread(tmp_path / "figure.png")[..., :3], -1, 0)
         # Half colour, half grey image: the differences between the channels are half the colour's.
         counts.append([(np.minimum(red, green) > blue + 0.2).sum(),      # yellow: ET
@@ -61,10 +58,10 @@ def test_curves_leave_out_epochs_without_validation(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "epoch,loss\n1,0.5\n", f"{HEAD}\n1,x,,,,\n"])
-def test_what_is_no_log_is_refused_by_name(run, cohort, tmp_path, text):
+def test_what_is_no_log_is_refused_by_name(call, cohort, tmp_path, text):
     (case, *_) = find_cases(cohort)
     save_prediction(tmp_path, case, read_truth(case))
     (tmp_path / "log.csv").write_text(text)
-    done = run("examples/figure.py", "--cohort", cohort, "--predictions", tmp_path, "--runs", tmp_path,
-               "--out", tmp_path / "figure.png", ok=2)
-    assert "log.csv" in done.stderr and done.stderr.count("\n") == 1
+    _, _, error = call("figure.py", "--cohort", cohort, "--predictions", tmp_path, "--runs", tmp_path,
+                       "--out", tmp_path / "figure.png", ok=2)
+    assert "log.csv" in error and error.count("\n") == 1

@@ -17,12 +17,11 @@ import torch
 from torch.utils.data import DataLoader
 
 import train
-from conftest import REPO, free_port
+from conftest import REPO, TINIER, free_port
 from data import find_cases, run_command, split_folds
 
 # three cases to train on: 3 steps an epoch on one process, 2 on two; three to validate after epochs 2 and 3
-SMALL = ["--folds", 2, "--epochs", 3, "--lr", "1e-3", "--crop", 16, 16, 16, "--filters", 8, "--pool", 4,
-         "--dim", 4, "--validate-every", 2, "--amp", "off"]
+SMALL = [*TINIER, "--folds", 2, "--epochs", 3, "--lr", "1e-3", "--validate-every", 2]    # and no readers
 FORKS = multiprocessing.get_context("forkserver")    # has PyTorch loaded: a run starts in a tenth of a second
 FORKS.set_forkserver_preload(["train"])
 
@@ -81,7 +80,7 @@ def alone(cohort, tmp_path_factory):
     folders = {}
     for world in (1, 2):
         folders[world] = tmp_path_factory.mktemp("alone") / "out"
-        started = start(folders[world], "--data", cohort, "--cache", "none", "--workers", 0, world=world)
+        started = start(folders[world], "--data", cohort, "--cache", "none", world=world)
         assert ended(folders[world], started)[0] == [0] * world
     return folders
 
@@ -133,7 +132,7 @@ def killed_before_last_pt_is_renamed():
 
 
 def test_killed_while_it_saves_it_ends_equal(alone, cohort, tmp_path):
-    out, arguments = tmp_path / "out", ("--data", cohort, "--cache", "none", "--workers", 0)
+    out, arguments = tmp_path / "out", ("--data", cohort, "--cache", "none")
     assert ended(out, start(out, *arguments, change=killed_before_last_pt_is_renamed))[0] == [-signal.SIGKILL]
     found = {path.name: torch.load(path, weights_only=True)["epoch"] for path in out.glob("*.pt")}
     assert found == {"last.pt": 1, "best.pt": 2, ".part-last.pt": 2}
@@ -153,7 +152,7 @@ def test_torchrun_starts_a_killed_rank_again(alone, cohort, tmp_path, agents):
     meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--local-addr=127.0.0.1"]
     torchrun = ["-m", "torch.distributed.run", f"--nnodes={agents}", f"--nproc_per_node={2 // agents}",
                 "--max-restarts=1", *(meeting if agents == 2 else [])]
-    arguments = [REPO / "train.py", "--data", cohort, "--out", out, *SMALL, "--workers", 0, "--cache", "none"]
+    arguments = [REPO / "train.py", "--data", cohort, "--out", out, *SMALL, "--cache", "none"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with open(log, "w") as file:
         started = [subprocess.Popen([sys.executable, *map(str, [*torchrun, *arguments])], env=environment,
@@ -177,7 +176,7 @@ def test_a_rank_that_fails_says_why_and_ends_the_run(cohort, tmp_path):
     scan = train.epoch_order(split_folds(cases, 2)[1], 0, 0, 2)[1].images[2]    # rank 1's first
     scan.write_bytes(scan.read_bytes()[:2000])
     out = tmp_path / "out"
-    assert ended(out, start(out, "--data", tmp_path / "cohort", world=2))[0] == [2, 2]
+    assert ended(out, start(out, "--data", tmp_path / "cohort", "--workers", 1, world=2))[0] == [2, 2]
     assert_one_line((tmp_path / "out.1.txt").read_text(), str(scan))
     assert_one_line((tmp_path / "out.0.txt").read_text(), "onnection")    # Gloo's, that the other has left
 
@@ -249,7 +248,7 @@ def disk_fills_up():
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_good(alone, cohort, tmp_path):
-    out, arguments = tmp_path / "out", ("--data", cohort, "--cache", "none", "--workers", 0)
+    out, arguments = tmp_path / "out", ("--data", cohort, "--cache", "none")
     codes, output = ended(out, start(out, *arguments, change=disk_fills_up))
     assert codes == [2] and torch.load(out / "last.pt", weights_only=True)["epoch"] == 1
     assert_one_line(output, str(out / "last.pt"))
