@@ -1,6 +1,7 @@
 """What the tests share: running a command, a synthetic cohort, a checkpoint trained on it, the real cases."""
 
 import csv
+import gzip
 import importlib
 import io
 import os
@@ -9,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 
@@ -63,6 +66,17 @@ def _call(script, *arguments, ok=None, encoding="utf-8"):
 def read_rows(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def write_header(path, shape, voxels=b"", **fields):
+    """A .nii.gz whose header says what `shape` and `fields` do, and the bytes that follow it."""
+    header = nib.Nifti1Header()
+    header.set_data_shape(shape)
+    header.set_data_dtype(np.float32)
+    for field, value in {"magic": b"n+1", "vox_offset": 352, **fields}.items():
+        header[field] = value
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(header.binaryblock + bytes(4) + voxels)
 
 
 def free_port():

@@ -73,7 +73,7 @@ def network(tmp_path_factory):
 @pytest.mark.parametrize("like", LABELS)
 def test_images_and_targets_are_those_the_phantom_drew(layouts, like):
     cases = find_cases(layouts / like)
-    assert [number(case.name) for case in cases] == [0, 1, 2, 3] and len({case.patient for case in cases}) == 4
+    assert [number(case.name) for case in cases] == [0, 1, 2, 3] == [number(case.patient) for case in cases]
     for case in cases:
         image, target, affine = load_case(case)
         images, labels = phantom.make_case((32, 32, 32), 0, number(case.name))
@@ -217,15 +217,6 @@ def test_labels_are_the_integers_that_they_are_near(tmp_path, name, suffixes, va
     labels = np.resize(np.array(values, np.float32), (5, 5, 5))
     (case,) = find_cases(write_case(tmp_path / name, suffixes, labels))
     assert np.array_equal(load_case(case)[1], regions_by_hand(labels.round(), enhancing=enhancing))
-
-
-@pytest.mark.parametrize("value, dtype", [    # 260 is 4 in eight bits
-    (260, np.int16), (1.5, np.float32), (3.98, np.float64), (np.nan, np.float32)])
-def test_any_other_label_is_refused(tmp_path, value, dtype):
-    labels = np.resize(np.array([0, 1, value], dtype), (4, 4, 4))
-    (case,) = find_cases(write_case(tmp_path / "a", OLD, labels))
-    with pytest.raises(InputError, match=rf"a_seg.nii.gz: .*label {value:g}, expected 0, 1, 2, 4.*--labels"):
-        load_case(case)
 
 
 CASE, ODD = "BraTS20_Training_355_", "W39_1998.09.19_Segm.nii"

@@ -9,6 +9,7 @@ import torch
 from scipy import stats
 
 import ensemble
+from conftest import write_header
 from data import regions_to_labels
 from ensemble import METHODS, confidence, confidence_ensemble, geometric_mean_ensemble, mean_ensemble
 
@@ -191,32 +192,21 @@ def test_stray_voxels_of_a_young_network_are_merged(tmp_path, merge, p_et, p_oth
     assert torch.equal(voxels(tmp_path / "out/case.nii.gz"), regions_to_labels(torch.tensor(volume) > 0.5))
 
 
-def claim(path, shape=(4, 5, 6, 3), content=np.full(360, 9, np.float32).tobytes(), **fields):
-    """A header, whatever its fields, and what follows it."""
-    header = nib.Nifti1Header()
-    header.set_data_shape(shape)
-    header.set_data_dtype(np.float32)
-    for field, value in {"magic": b"n+1", "vox_offset": 352, **fields}.items():
-        header[field] = value
-    with nib.openers.ImageOpener(path, "wb") as file:
-        file.write(header.binaryblock + bytes(4) + content)
-
-
-HALF = np.full((3, 4, 5, 6), 0.5)
+HALF, SHAPE, NINE = np.full((3, 4, 5, 6), 0.5), (4, 5, 6, 3), np.full(360, 9, np.float32).tobytes()
 DAMAGES = {    # what is done to a file, what the line must tell besides the file's name
     "another shape": (lambda path: write_map(path, HALF[..., :5]), "(4, 5, 5, 3)"),
     "another affine": (lambda path: write_map(path, HALF, np.diag([-1.0, -1, 1, 1])), "affine"),
     "two regions": (lambda path: write_map(path, HALF[:2]), "(4, 5, 6, 2)"),
     "one region": (lambda path: nib.save(nib.Nifti1Image(HALF[0], AFFINE), path), "(4, 5, 6)"),
-    "too large": (lambda path: claim(path, (5000, 5000, 2, 3), b""), "(5000, 5000, 2, 3)"),
+    "too large": (lambda path: write_header(path, (5000, 5000, 2, 3)), "(5000, 5000, 2, 3)"),
     "above one": (lambda path: write_map(path, HALF + 1), "1.5"),
     "below zero": (lambda path: write_map(path, HALF - 0.75), "-0.25"),
     "not a number": (lambda path: write_map(path, np.where(np.arange(6) == 3, np.nan, HALF)), "nan"),
     "text": (lambda path: path.write_text("not a volume"), ""),
     "empty": (lambda path: path.write_bytes(b""), ""),
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-200]), ""),
-    "offset": (lambda path: claim(path, vox_offset=-5), ""),
-    "slope": (lambda path: claim(path, scl_slope=3e38), ""),
+    "offset": (lambda path: write_header(path, SHAPE, NINE, vox_offset=-5), ""),
+    "slope": (lambda path: write_header(path, SHAPE, NINE, scl_slope=3e38), ""),
 }
 
 
@@ -239,7 +229,7 @@ def test_a_case_must_be_in_every_folder(folders, tmp_path, merge, missing):
 
 def test_what_nibabel_logs_is_not_said_twice(run, tmp_path):
     write_map(tmp_path / "a" / "case.nii.gz", HALF)
-    claim(tmp_path / "a" / "case.nii.gz", datatype=9999)
+    write_header(tmp_path / "a" / "case.nii.gz", SHAPE, NINE, datatype=9999)
     alone = shutil.copy(ensemble.__file__, tmp_path)
     done = run(alone, "--out", tmp_path / "out", tmp_path / "a", ok=2)
     assert done.stderr.count("\n") == 1 and "a/case.nii.gz" in done.stderr
