@@ -18,9 +18,8 @@ import data
 import infer
 import phantom
 import train
-from conftest import TINIER, read_rows
+from conftest import TINIER, read_rows, voxels
 from data import InputError, find_cases, load_case
-from segresnet import SegResNet
 
 LABELS = {"brats2021": (1, 2, 4), "brats2023": (1, 2, 3), "ucsf": (1, 2, 4), "upenn": (1, 2, 4),
           "decathlon": (2, 1, 3)}    # of necrosis, oedema, enhancing tumour
@@ -43,10 +42,6 @@ def recoded(labels, necrosis, oedema, enhancing):
     return np.array([0, necrosis, oedema, 0, enhancing], np.uint8)[labels]
 
 
-def voxels(path):
-    return np.asarray(nib.load(path).dataobj)
-
-
 @pytest.fixture(scope="module")
 def layouts(tmp_path_factory):
     """A folder for each layout of the same four cases, 32x32x32."""
@@ -55,16 +50,6 @@ def layouts(tmp_path_factory):
         case = phantom.make_case((32, 32, 32), 0, i)
         [phantom.save_case(root / like, like, i, *case) for like in LABELS]
     return root
-
-
-@pytest.fixture(scope="module")
-def network(tmp_path_factory):
-    """A checkpoint of random weights, which paints every label."""
-    path = tmp_path_factory.mktemp("network") / "best.pt"
-    torch.manual_seed(8)
-    torch.save({"model": SegResNet(filters=8).state_dict(), "train_cases": [], "val_cases": [], "settings": {
-        "filters": 8, "norm": "instance", "amp": "off", "crop": [16, 16, 16], "fold": "all"}}, path)
-    return path
 
 
 # ---- the same voxels in five layouts ----------------------------------------------------------------------
@@ -99,11 +84,11 @@ def test_an_epoch_of_training_is_the_same_in_each(layouts, tmp_path, monkeypatch
         assert all(ends[-1]["log"][0][key] == ends[0]["log"][0][key] for key in ("loss", "barlow", "dice_wt"))
 
 
-def test_predictions_are_in_the_layouts_own_labels(layouts, network, tmp_path, call):
+def test_predictions_are_in_the_layouts_own_labels(layouts, networks, tmp_path, call):
     tables, painted = [], {}    # {number: what brats2021 holds}
     for like in LABELS:
         out, table = tmp_path / like, tmp_path / f"{like}.csv"
-        call("infer.py", layouts / like, "--checkpoints", network, "--out", out, ok=0)
+        call("infer.py", layouts / like, "--checkpoints", networks[0], "--out", out, ok=0)
         for case in find_cases(layouts / like):
             written, source = nib.load(out / f"{case.name}.nii.gz"), nib.load(case.images[0])
             same = painted.setdefault(number(case.name), np.asarray(written.dataobj))
@@ -168,7 +153,7 @@ def test_a_published_data_list_is_followed(layouts, tmp_path, call):
         assert f"error: --fold-list {listed}: " in call("train.py", *flags, ok=2)[2]
 
 
-def test_other_names_are_told_by_names_and_labels(layouts, network, tmp_path, call):
+def test_other_names_are_told_by_names_and_labels(layouts, networks, tmp_path, call):
     root, names, labels = layouts / "upenn", "_T1 _T1GD _T2 _FLAIR _segm", ((1,), (2,), (4,))
     for told, case in zip(find_cases(root, names.split(), labels), find_cases(root), strict=True):
         assert told[:4] == case[:4] and all(map(np.array_equal, load_case(told), load_case(case)))
@@ -176,7 +161,7 @@ def test_other_names_are_told_by_names_and_labels(layouts, network, tmp_path, ca
     told, plain = (call("data.py", root, *those, ok=0)[1].splitlines() for those in (flags, ()))
     assert told[1:] == plain[1:]    # but for the naming
     call("train.py", "--data", root, *flags, "--fold", "all", "--out", tmp_path / "run", *SMALL, ok=0)
-    call("infer.py", root, *flags, "--checkpoints", network, "--out", tmp_path / "out", ok=0)
+    call("infer.py", root, *flags, "--checkpoints", networks[0], "--out", tmp_path / "out", ok=0)
     assert (tmp_path / "run" / "last.pt").exists() and len(list((tmp_path / "out").iterdir())) == 4
     for names, labels in (names.split(), None), (None, ((0,), (1,), (4,))):
         with pytest.raises(InputError, match="--labels"):
@@ -273,7 +258,7 @@ def test_what_looks_unsuitable_is_doubted(side, sides, background, found):
     assert len(doubts) == len(found) and all(word in doubt for word, doubt in zip(found, doubts))
 
 
-def test_unsuitable_cases_are_named_and_counted(layouts, network, tmp_path, call):
+def test_unsuitable_cases_are_named_and_counted(layouts, networks, tmp_path, call):
     root = shutil.copytree(layouts / "brats2021", tmp_path / "cohort")
     flair = root / "BraTS2021_00001" / "BraTS2021_00001_flair.nii.gz"
     nib.save(nib.Nifti1Image(np.maximum(voxels(flair), 7), nib.load(flair).affine), flair)
@@ -282,13 +267,13 @@ def test_unsuitable_cases_are_named_and_counted(layouts, network, tmp_path, call
     background, slices = re.findall("warning: (.*)", call("data.py", root, ok=0)[1])
     assert re.search("BraTS2021_00001.*flair", background)
     assert re.search("BraTS2021_00003.*0.5x0.5x5", slices)
-    for line in (["infer.py", root, "--checkpoints", network, "--out", tmp_path / "out"],
+    for line in (["infer.py", root, "--checkpoints", networks[0], "--out", tmp_path / "out"],
                  ["train.py", "--data", root, "--fold", "all", "--out", tmp_path, *SMALL, "--epochs", 2]):
-        (warning,) = re.findall("warning: (.*)", call(*line, ok=0)[1])
-        assert warning.startswith("2 cases look unsuitable") and "data.py" in warning
+        (warning,) = re.findall("warning: (.*unsuitable.*)", call(*line, ok=0)[1])
+        assert warning.startswith("2 cases look") and "data.py" in warning
 
 
-def test_unlabelled_cases_are_left_out_of_training_and_said(layouts, network, tmp_path, call):
+def test_unlabelled_cases_are_left_out_of_training_and_said(layouts, networks, tmp_path, call):
     root = shutil.copytree(layouts / "decathlon", tmp_path / "cohort")
     (root / "imagesTs").mkdir()
     for i in (5, 6):
@@ -298,7 +283,7 @@ def test_unlabelled_cases_are_left_out_of_training_and_said(layouts, network, tm
     assert "2 cases have no segmentation and are left out" in call("train.py", *flags, ok=0)[1]
     last = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert last["train_cases"] == ["BRATS_000", "BRATS_001", "BRATS_002", "BRATS_003"]
-    call("infer.py", root / "imagesTs", "--checkpoints", network, "--out", tmp_path / "out", ok=0)
+    call("infer.py", root / "imagesTs", "--checkpoints", networks[0], "--out", tmp_path / "out", ok=0)
     assert sorted(os.listdir(tmp_path / "out")) == ["BRATS_005.nii.gz", "BRATS_006.nii.gz"]
 
 
@@ -327,7 +312,7 @@ def lay_out(folder, like, case, i):
     nib.save(nib.Nifti1Image(stored, nib.load(case.label).affine), label)
 
 
-def test_real_cases_are_the_same_in_every_layout(real_case, network, tmp_path, call):
+def test_real_cases_are_the_same_in_every_layout(real_case, networks, tmp_path, call):
     cases = find_cases(real_case)[:2]
     for i, case in enumerate(cases):
         images, labels = np.stack([voxels(path) for path in case.images]), voxels(case.label)
@@ -338,7 +323,7 @@ def test_real_cases_are_the_same_in_every_layout(real_case, network, tmp_path, c
             assert np.allclose(affine, nib.load(case.images[0]).affine) and data.doubts(image, affine) == []
     first = tmp_path / "decathlon" / "imagesTr" / "BRATS_000.nii"
     first.with_name("BRATS_001.nii").unlink()    # one prediction will do
-    call("infer.py", tmp_path / "decathlon", "--checkpoints", network, "--out", tmp_path / "out", ok=0)
+    call("infer.py", tmp_path / "decathlon", "--checkpoints", networks[0], "--out", tmp_path / "out", ok=0)
     written = nib.load(tmp_path / "out" / "BRATS_000.nii.gz")
     assert np.array_equal(written.affine, nib.load(first).affine)
     painted = regions_by_hand(np.asarray(written.dataobj), *LABELS["decathlon"])

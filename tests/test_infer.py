@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import infer
-from conftest import read_rows
+from conftest import read_rows, voxels
 from data import find_cases, labels_to_regions, load_case, normalize, regions_to_labels
 from infer import axis_windows, choose_window, dice, hausdorff95, load_checkpoint, predict, score
 from segresnet import SegResNet
@@ -185,21 +185,6 @@ def test_a_checkpoint_has_the_first_editions_names(checkpoint):
 # ---- the command ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def networks(checkpoint, tmp_path_factory):
-    """Two checkpoints, of fold 0 and of its complement, whose random weights paint all regions."""
-    paths, content = [], torch.load(checkpoint, weights_only=True)
-    for fold in "01":
-        torch.manual_seed(int(fold))
-        weights = SegResNet(filters=8).state_dict()
-        weights["decoder_end.2.bias"] = torch.tensor([-0.1, 0.0, 0.1])
-        content |= {"model": weights, "settings": content["settings"] | {"fold": fold}}
-        paths.append(tmp_path_factory.mktemp("networks") / f"fold{fold}.pt")
-        torch.save(content, paths[-1])
-        content |= {"train_cases": content["val_cases"], "val_cases": content["train_cases"]}
-    return paths
-
-
 THERE, BACK = [[2, 1], [0, -1], [1, -1]], [[1, -1], [2, -1], [0, 1]]    # axes and flips
 
 
@@ -227,18 +212,14 @@ def scores_of(path):
     return {row["case"]: row for row in read_rows(path)}
 
 
-def read(path):
-    return np.asarray(nib.load(path).dataobj)
-
-
 def test_the_command_writes_what_predict_and_score_give(predicted, cohort, networks):
     model, rows = load_checkpoint(networks[0])["model"], scores_of(predicted.with_name("out.csv"))
     for case in find_cases(cohort):    # stored in LPS, as in memory
         image, target, _ = load_case(case)
         maps = predict(model, normalize(image), (32, 32, 32))
-        labels, written = regions_to_labels(maps > 0.5), read(predicted / f"{case.name}.nii.gz")
+        labels, written = regions_to_labels(maps > 0.5), voxels(predicted / f"{case.name}.nii.gz")
         assert np.array_equal(written, labels) and {*np.unique(written)} == {0, 1, 2, 4}
-        written = np.moveaxis(read(predicted / f"probabilities/{case.name}.nii.gz"), 3, 0)
+        written = np.moveaxis(voxels(predicted / f"probabilities/{case.name}.nii.gz"), 3, 0)
         assert written.dtype == np.float32 and np.abs(written - maps.numpy()).max() < 1e-6
         scores = [float(rows[case.name][column]) for column in infer.COLUMNS]
         assert scores == pytest.approx(score(labels, target, (1, 1, 1)), rel=1e-5)
@@ -248,7 +229,7 @@ def test_predictions_are_in_the_cases_orientation(predicted, cohorts):
     written, like = nib.load(predicted / "turned.nii.gz"), nib.load(cohorts[1] / "turned_t1.nii.gz")
     assert np.array_equal(written.affine, like.affine) and nib.aff2axcodes(written.affine) == tuple("AIL")
     back = written.as_reoriented(np.array(BACK)).dataobj
-    assert np.array_equal(back, read(predicted / "BraTS2021_00000.nii.gz"))
+    assert np.array_equal(back, voxels(predicted / "BraTS2021_00000.nii.gz"))
     rows = scores_of(predicted.with_name("out.csv"))
     assert rows["turned"] | {"case": ""} == rows["BraTS2021_00000"] | {"case": ""}
 
@@ -258,7 +239,7 @@ def test_two_ranks_share_the_cases_and_give_the_same_table(run, predicted, cohor
         "--checkpoints", networks[0], "--out", tmp_path / "out", ok=0)
     assert (tmp_path / "out.csv").read_bytes() == predicted.with_name("out.csv").read_bytes()
     for path in predicted.glob("*.nii.gz"):
-        assert np.array_equal(read(tmp_path / "out" / path.name), read(path))
+        assert np.array_equal(voxels(tmp_path / "out" / path.name), voxels(path))
 
 
 @pytest.mark.parametrize("fold, flips", [(0, False), (1, True)])
@@ -269,7 +250,7 @@ def test_held_out_and_flips_reach_the_networks(call, cohort, networks, tmp_path,
     _, printed, _ = call("infer.py", case.label.parent, "--checkpoints", *networks, *flags, ok=0)
     assert "trained on" not in printed
     maps = predict(mine["model"], normalize(load_case(case)[0]), (32, 32, 32), flips)
-    assert np.array_equal(read(out / f"{case.name}.nii.gz"), regions_to_labels(maps > 0.5))
+    assert np.array_equal(voxels(out / f"{case.name}.nii.gz"), regions_to_labels(maps > 0.5))
     assert scores_of(tmp_path / "out.csv")[case.name]["fold"] == str(fold)
 
 

@@ -131,11 +131,26 @@ def killed_before_last_pt_is_renamed():
     os.replace = kill
 
 
-def test_killed_while_it_saves_it_ends_equal(alone, cohort, tmp_path):
+def disk_fills_up():
+    validate = train.validate
+
+    def fill(*arguments):    # after epoch 2: best.pt still fits, last.pt does not
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6_000_000, resource.RLIM_INFINITY))
+        return validate(*arguments)
+    train.validate = fill
+
+
+@pytest.mark.parametrize("change, code", [
+    (killed_before_last_pt_is_renamed, -signal.SIGKILL), (disk_fills_up, 2)])
+def test_stopped_while_it_saves_it_ends_equal(alone, cohort, tmp_path, change, code):
     out, arguments = tmp_path / "out", ("--data", cohort, "--cache", "none")
-    assert ended(out, start(out, *arguments, change=killed_before_last_pt_is_renamed))[0] == [-signal.SIGKILL]
-    found = {path.name: torch.load(path, weights_only=True)["epoch"] for path in out.glob("*.pt")}
-    assert found == {"last.pt": 1, "best.pt": 2, ".part-last.pt": 2}
+    codes, output = ended(out, start(out, *arguments, change=change))
+    assert codes == [code]
+    if change is disk_fills_up:
+        assert_one_line(output, str(out / "last.pt"))
+    found = {path.name: torch.load(path, weights_only=True)["epoch"] for path in out.glob("[!.]*.pt")}
+    assert found == {"last.pt": 1, "best.pt": 2}
+    assert (out / ".part-last.pt").exists() == (change is not disk_fills_up)
     codes, output = ended(out, start(out, *arguments))
     assert codes == [0] and "; 1 of 3 epochs" in output
     assert_ends_like(out, alone[1])
@@ -163,7 +178,8 @@ def test_torchrun_starts_a_killed_rank_again(alone, cohort, tmp_path, agents):
     assert {"TORCHELASTIC_MAX_RESTARTS=1", "TORCHELASTIC_USE_AGENT_STORE=False"} <= {*environment}
     os.kill(rank, signal.SIGKILL)
     assert [agent.wait(300) for agent in started] == [0] * agents, log.read_text()
-    assert len(re.findall("; [0-2] of 3 epochs of 2 steps", log.read_text())) == 2, "it was over before the rank was killed"
+    starts = re.findall("; [0-2] of 3 epochs of 2 steps", log.read_text())
+    assert len(starts) == 2, "it was over before the rank was killed"
     assert_ends_like(out, alone[2])
 
 
@@ -194,7 +210,7 @@ def test_ranks_that_see_different_folders_refuse(alone, cohort, tmp_path):
     assert not list((tmp_path / "out1").iterdir())
 
 
-# ---- interrupted, stuck, full -----------------------------------------------------------------------------
+# ---- interrupted, stuck -----------------------------------------------------------------------------------
 
 
 def processes_of(session):
@@ -236,26 +252,6 @@ def test_a_reader_without_hope_ends_the_run(cohort, tmp_path, change, words):
     assert codes == [2]
     assert_one_line(output, *words)
     assert not processes_of(started[0].pid)
-
-
-def disk_fills_up():
-    validate = train.validate
-
-    def fill(*arguments):    # after epoch 2: best.pt still fits, last.pt does not
-        resource.setrlimit(resource.RLIMIT_FSIZE, (6_000_000, resource.RLIM_INFINITY))
-        return validate(*arguments)
-    train.validate = fill
-
-
-def test_a_full_disk_leaves_the_last_checkpoint_good(alone, cohort, tmp_path):
-    out, arguments = tmp_path / "out", ("--data", cohort, "--cache", "none")
-    codes, output = ended(out, start(out, *arguments, change=disk_fills_up))
-    assert codes == [2] and torch.load(out / "last.pt", weights_only=True)["epoch"] == 1
-    assert_one_line(output, str(out / "last.pt"))
-    assert sorted(path.name for path in out.iterdir()) == ["best.pt", "last.pt", "log.csv"]
-    codes, output = ended(out, start(out, *arguments))
-    assert codes == [0] and "; 1 of 3 epochs" in output
-    assert_ends_like(out, alone[1])
 
 
 # ---- examples/slurm.sh ------------------------------------------------------------------------------------
