@@ -178,7 +178,7 @@ def test_affine_is_a_rotation_and_a_scale_in_their_ranges():
     assert np.abs(np.corrcoef([scale, *angles]) - np.eye(4)).max() < 0.2, "drawn together"    # sd 0.05
 
 
-def test_views_are_affine_then_intensity_of_their_generator_alone():
+def test_views_are_affine_then_intensity_of_one_generator():
     images, targets = torch.rand(8, 4, 12, 14, 16), torch.rand(8, 3, 12, 14, 16) < 0.5
     images[:, :, :5] = 0    # background
     before, found = (images.clone(), targets.clone()), []

@@ -52,13 +52,3 @@ def test_curves_leave_out_epochs_without_validation(tmp_path):
     better = log | {"dice_wt": log["dice_wt"] + 0.2}
     line = figure.curve(plt.figure().gca(), [log, better], "dice_wt", "green")
     assert line.get_xydata() == pytest.approx(np.array([[2, 0.4]]))    # the mean of 0.3 and 0.5
-
-
-@pytest.mark.parametrize("text", ["", "epoch,loss\n1,0.5\n", f"{HEAD}\n1,x,,,,\n"])
-def test_what_is_no_log_is_refused_by_name(call, cohort, tmp_path, text):
-    (case, *_) = find_cases(cohort)
-    save_prediction(tmp_path, case, voxels(case.label))
-    (tmp_path / "log.csv").write_text(text)
-    _, _, error = call("figure.py", "--cohort", cohort, "--predictions", tmp_path, "--runs", tmp_path,
-                       "--out", tmp_path / "figure.png", ok=2)
-    assert "log.csv" in error and error.count("\n") == 1

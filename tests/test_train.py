@@ -17,7 +17,7 @@ import infer
 import train
 from barlow import Projector
 from conftest import TINIER, TINY, free_port, read_rows
-from data import (InputError, augment, find_cases, labels_to_regions, load_case, normalize, regions_to_labels,
+from data import (augment, find_cases, labels_to_regions, load_case, normalize, regions_to_labels,
                   split_folds)
 from segresnet import SegResNet
 
