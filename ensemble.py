@@ -120,7 +120,7 @@ def load_maps(paths):
                     raise ValueError("most of a region lies outside the next larger one")
         except Exception as error:    # nibabel, gzip and zlib each raise their own kinds for a damaged file
             what = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise InputError(f"{path}: {what}; expected maps of ET, TC, WT in NIfTI, in [0, 1]") from None
+            raise InputError(f"{path}: {what}; expected ET, TC, WT as maps in NIfTI, in [0, 1]") from None
         maps = torch.empty(len(paths), *volume.shape) if maps is None else maps
         maps[n] = volume.clamp(0, 1)
     return maps, first

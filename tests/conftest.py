@@ -1,6 +1,7 @@
 """What the tests share: running a command, a synthetic cohort, a checkpoint trained on it, the real cases."""
 
 import csv
+import gzip
 import importlib
 import io
 import os
@@ -9,12 +10,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
+import torch
 
 REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))
+sys.path[:0] = [str(REPO), str(REPO / "examples")]
+from segresnet import SegResNet  # noqa: E402
+
+torch.set_num_threads(1)    # two threads on two busy cores wait for each other, ten times as long
 # flags of train.py for networks and steps as small as they go
 TINY = "--epochs 1 --crop 32 32 32 --filters 8 --pool 8 --dim 4 --amp off --workers 0".split()
+TINIER = [*TINY, *"--crop 16 16 16 --pool 4".split()]
 
 
 def _run(*command, cwd=REPO, ok=None, stdout=subprocess.PIPE):
@@ -62,6 +70,21 @@ def read_rows(path):
         return list(csv.DictReader(file))
 
 
+def write_header(path, shape, voxels=b"", **fields):
+    """A .nii.gz whose header says what `shape` and `fields` do, and the bytes that follow it."""
+    header = nib.Nifti1Header()
+    header.set_data_shape(shape)
+    header.set_data_dtype(np.float32)
+    for field, value in {"magic": b"n+1", "vox_offset": 352, **fields}.items():
+        header[field] = value
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(header.binaryblock + bytes(4) + voxels)
+
+
+def voxels(path):
+    return np.asarray(nib.load(path).dataobj)
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -92,6 +115,21 @@ def checkpoint(cohort, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "fold0"
     _run("train.py", "--data", cohort, "--folds", 2, "--out", out, *TINY, ok=0)
     return out / "best.pt"
+
+
+@pytest.fixture(scope="session")
+def networks(checkpoint, tmp_path_factory):
+    """Checkpoints of fold 0 and fold 1 of 2 on `cohort`, whose random weights paint all regions."""
+    paths, content = [], torch.load(checkpoint, weights_only=True)
+    for fold in "01":
+        torch.manual_seed(int(fold))
+        weights = SegResNet(filters=8).state_dict()
+        weights["decoder_end.2.bias"] = torch.tensor([-0.1, 0.0, 0.1])
+        content |= {"model": weights, "settings": content["settings"] | {"fold": fold}}
+        paths.append(tmp_path_factory.mktemp("networks") / f"fold{fold}.pt")
+        torch.save(content, paths[-1])
+        content |= {"train_cases": content["val_cases"], "val_cases": content["train_cases"]}
+    return paths
 
 
 @pytest.fixture(scope="session")

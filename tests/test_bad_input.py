@@ -3,7 +3,6 @@
 In prediction and in the cohort check the other cases go on: a bad one is listed at the end, exit code 1.
 """
 
-import gzip
 import os
 import resource
 import shlex
@@ -18,7 +17,7 @@ import torch
 
 import data
 import infer
-from conftest import TINY, read_rows
+from conftest import REPO, TINY, read_rows, write_header
 from segresnet import SegResNet
 
 
@@ -62,38 +61,16 @@ def first_bytes(end):
     return lambda path: path.write_bytes(path.read_bytes()[:end])
 
 
-def unknown_type(path):
-    """A header that nibabel does not only refuse but logs as well."""
-    header = bytearray(gzip.decompress(path.read_bytes()))
-    header[70:72] = (9999).to_bytes(2, "little")    # NIfTI's field `datatype`
-    path.write_bytes(gzip.compress(bytes(header)))
-
-
-def header_of(*shape):
-    """The bytes of a NIfTI header and of what stands before its voxels."""
-    header = nib.Nifti1Header()
-    header.set_data_dtype(np.uint8)
-    header["dim"][:4], header["magic"], header["vox_offset"] = (3, *shape), b"n+1", 352
-    return header.structarr.tobytes() + bytes(4)
-
-
-def promise(path):
-    """32767 x 32767 x 32767 voxels in a file of some hundred bytes."""
-    path.write_bytes(gzip.compress(header_of(32767, 32767, 32767) + bytes(1000)))
-
-
-def exaggerate(path):
-    """8192 x 8192 x 2 voxels, and they are there, all zero: 128 MiB in 130 kB."""
-    with gzip.open(path, "wb", compresslevel=1) as file:
-        file.write(header_of(8192, 8192, 2) + bytes(2**27))
-
-
 def folder_instead(path):
     path.unlink()
     path.mkdir()
 
 
 SHIFTED = np.array([[-1.0, 0, 0, 5], [0, -1, 0, 31], [0, 0, 1, 0], [0, 0, 0, 1]])
+
+def header(shape, voxels=b"", **fields):
+    return lambda path: write_header(path, shape, voxels, **fields)
+
 
 # case: its damaged file, the damage, what the line says was found
 BAD_IMAGES = {
@@ -103,12 +80,13 @@ BAD_IMAGES = {
     "header_only": ("t1ce", first_bytes(100), "cannot be read"),
     "empty": ("flair", first_bytes(0), "cannot be read"),
     "text": ("t1", lambda path: path.write_text("not an image\n"), "cannot be read"),
-    "unknown_type": ("t2", unknown_type, "cannot be read"),
+    "unknown_type": ("t2", header((32, 32, 32), bytes(2**17), datatype=9999), "cannot be read"),
     "complex": ("t2", change(lambda array: array.astype(np.complex64)), "complex64"),
     "two_axes": ("t1", change(lambda array: array[:, :, 16]), "shape (32, 32)"),
     "four_axes": ("t2", change(lambda array: np.stack([array, array], -1)), "shape (32, 32, 32, 2)"),
-    "promise": ("t1ce", promise, "32767, 32767, 32767"),
-    "exaggerate": ("t1", exaggerate, "8192, 8192, 2"),
+    "promise": ("t1ce", header((32767, 32767, 32767)), "32767, 32767, 32767"),
+    # These are there, all zero: 128 MiB in 130 kB.
+    "exaggerate": ("t1", header((8192, 8192, 2), bytes(2**27), datatype=2, bitpix=8), "8192, 8192, 2"),
     "other_shape": ("flair", change(lambda array: array[:, :, :-1]), "(32, 32, 31), expected (32, 32, 32)"),
     "other_affine": ("t1ce", change(lambda array: array, SHIFTED), "affine differs"),
     "nan": ("t2", one_voxel(np.nan, np.float32), "NaN or infinite"),
@@ -117,10 +95,13 @@ BAD_IMAGES = {
 }
 BAD_LABELS = {
     "label_3": ("seg", one_voxel(3, np.uint8), "has label 3, expected 0, 1, 2, 4"),    # 2023's in 2021's
+    "label_between": ("seg", one_voxel(1.5, np.float32), "has label 1.5, expected 0, 1, 2, 4"),
+    "label_near_4": ("seg", one_voxel(3.98, np.float64), "has label 3.98"),
+    "label_nan": ("seg", one_voxel(np.nan, np.float32), "has label nan"),
     "label_negative": ("seg", one_voxel(-252, np.int16), "has label -252"),    # 4, were it cut to eight bits
     "seg_truncated": ("seg", first_bytes(-200), "cannot be read"),
     "seg_shape": ("seg", change(lambda array: array[:-1]), "shape (31, 32, 32)"),
-    "seg_promise": ("seg", promise, "32767, 32767, 32767"),
+    "seg_promise": ("seg", header((32767, 32767, 32767)), "32767, 32767, 32767"),
 }
 BAD = BAD_IMAGES | BAD_LABELS
 
@@ -160,8 +141,9 @@ def goes_on(run, damaged, checkpoint, tmp_path_factory):
     """A folder with predictions, what data.py printed and what infer.py did."""
     folder = tmp_path_factory.mktemp("predicted")
     flags = "--checkpoints", checkpoint, "--out", folder / "out", "--probabilities"
+    alone = shutil.copy(REPO / "data.py", folder / "data.py")
     with limit(resource.RLIMIT_AS, more_memory(2**31)):
-        return folder, run("data.py", damaged, ok=1), run("infer.py", damaged, *flags, ok=1)
+        return folder, run(alone, damaged, ok=1), run("infer.py", damaged, *flags, ok=1)
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -185,7 +167,7 @@ def test_the_others_are_checked(goes_on, damaged):
 def test_the_others_are_predicted(goes_on):
     folder, _, process = goes_on
     done = ["good", "unlabelled"]
-    assert not process.stderr and files(folder) == sorted(["out.csv", *(
+    assert not process.stderr and files(folder) == sorted(["data.py", "out.csv", *(
         f"out/{place}{name}.nii.gz" for name in done for place in ("", "probabilities/"))])
     assert [row["case"] for row in read_rows(folder / "out.csv")] == ["good"]
     for path in (folder / "out").rglob("*.nii.gz"):
@@ -213,6 +195,9 @@ def test_training_stops_at_a_bad_validation_case(call, damaged, tmp_path):
 
 
 # ---- checkpoints ------------------------------------------------------------------------------------------
+
+
+LAST_BIAS = "decoder_end.2.bias"
 
 
 class Payload:
@@ -245,7 +230,10 @@ def test_a_payload_in_a_checkpoint_does_not_run(call, cohort, checkpoint, tmp_pa
     lambda content: content | {"model": SegResNet(in_channels=1, filters=8).state_dict()},
     lambda content: content | {"settings": content["settings"] | {"filters": 10**9}},
     lambda content: content | {"settings": content["settings"] | {"norm": "none"}},
-], ids=["text", "weights alone", "other filters", "other channels", "too many filters", "another norm"])
+    lambda content: content | {"model": content["model"] | {LAST_BIAS: torch.tensor([0, float("nan"), 0])}},
+    lambda content: content | {"model": content["model"] | {LAST_BIAS: torch.tensor([0, 1, -float("inf")])}},
+], ids=["text", "weights alone", "other filters", "other channels", "too many filters", "another norm", "NaN",
+        "infinite"])
 def test_another_checkpoint_is_refused(call, cohort, checkpoint, tmp_path, edit):
     path = tmp_path / "best.pt"
     torch.save(edit(torch.load(checkpoint)), path)
@@ -305,6 +293,8 @@ def places(cohort, checkpoint, tmp_path_factory):
     ("infer.py {cohort} --score {run} --checkpoints {best}", "not allowed with argument --score"),
     ("ensemble.py {maps}", "--out"),
     ("ensemble.py --out out", "FOLDER"),
+    ("phantom.py out --like brats2020", "--like"),
+    *((f"phantom.py out {flag}", flag.split()[0]) for flag in ("--cases 0", "--shape 32 31 32", "--seed -1")),
 ])
 def test_what_argparse_refuses(call, places, tmp_path, monkeypatch, line, found):
     monkeypatch.chdir(tmp_path)
@@ -339,6 +329,7 @@ def test_what_argparse_refuses(call, places, tmp_path, monkeypatch, line, found)
     ("infer.py {seen} --checkpoints {best} --held-out", "--held-out: no case"),
     ("infer.py {bare} --score {run}", "{bare}: no case has a segmentation"),
     ("ensemble.py --out out {maps} {maps}", "one folder twice"),
+    ("ensemble.py --out {maps}/../maps {maps}", "one folder twice"),
     ("ensemble.py --out out {maps} --labels 1 2 300", "--labels"),
     ("ensemble.py --out out {maps} --labels 1 1 1", "--labels"),
 ])
@@ -353,42 +344,36 @@ def test_a_mistake_in_the_call_is_one_line(call, places, tmp_path, monkeypatch, 
 # ---- where results go -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("line", ["train.py --data {cohort}", "infer.py {cohort} --checkpoints {best}"])
+@pytest.mark.parametrize("line", [
+    f"train.py --data {{cohort}} --out {{out}} {' '.join(TINY)}", "ensemble.py --out {out} {maps}",
+    "infer.py {cohort} --checkpoints {best} --out {out}", "phantom.py --shape 32 32 32 {out}"])
 @pytest.mark.parametrize("out", ["{tmp}/file/out", "{tmp}/file", "/proc/self/out"])
 def test_a_folder_that_cannot_be_written_is_one_line(call, places, tmp_path, line, out):
     """/proc is read-only to everybody; permissions would not stop an administrator."""
     (tmp_path / "file").write_text("in the way\n")
-    script, *arguments = line.format(**places).split()
     out = out.format(tmp=tmp_path)
-    result = call(script, "--out", out, *TINY * (script == "train.py"), *arguments)
+    script, *arguments = line.format(out=out, **places).split()
+    result = call(script, *arguments)
     assert is_one_line(result, script, out) and not result[1], "found out after the work"
     assert files(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "in the way\n"
 
 
 @pytest.mark.parametrize("line, size, named", [
-    ("{cohort} --checkpoints {best} --probabilities", 20_000, "out/probabilities/BraTS2021_00000.nii.gz"),
-    ("{cohort} --checkpoints {best}", 100, "out/BraTS2021_00000.nii.gz"),
-    ("{copy} --score {scored}", 20, "scored.csv"),
+    ("infer.py {cohort} --checkpoints {best} --out {tmp}/out --probabilities", 20_000, "out/probabilities/"),
+    ("infer.py {cohort} --checkpoints {best} --out {tmp}/out", 100, "out/BraTS2021_00000.nii.gz"),
+    ("infer.py {copy} --score {tmp}/scored", 20, "scored.csv"),
+    (f"train.py --data {{cohort}} --out {{tmp}}/out {' '.join(TINY)}", 20_000, "cache/BraTS2021_0000"),
+    ("ensemble.py --out {tmp}/out {maps}", 20, "out"),
 ])
 def test_a_full_disk_leaves_nothing_torn(call, places, tmp_path, monkeypatch, line, size, named):
     monkeypatch.setattr(infer, "free_shared_memory", lambda: 0)    # shared memory is a file, too
-    scored = tmp_path / "scored"
-    scored.mkdir()
-    shutil.copy(places["copy"] / "BraTS2021_00000_seg.nii.gz", scored / "BraTS2021_00000.nii.gz")
+    (tmp_path / "scored").mkdir()
+    shutil.copy(places["copy"] / "BraTS2021_00000_seg.nii.gz", tmp_path / "scored/BraTS2021_00000.nii.gz")
+    script, *arguments = line.format(tmp=tmp_path, **places).split()
     with limit(resource.RLIMIT_FSIZE, size):
-        result = call("infer.py", "--out", tmp_path / "out", *line.format(scored=scored, **places).split())
-    assert is_one_line(result, "infer.py", tmp_path / named, "File too large")
+        result = call(script, *arguments)
+    assert is_one_line(result, script, tmp_path / named, "File too large")
     assert files(tmp_path) == ["scored/BraTS2021_00000.nii.gz"]
-
-
-def test_a_cases_name_does_not_lead_out_of_the_folder(call, cohort, checkpoint, tmp_path):
-    folder = tmp_path / "cohort/..odd../%2e%2e"
-    folder.mkdir(parents=True)
-    for path in (cohort / "BraTS2021_00000").iterdir():
-        shutil.copy(path, folder / path.name.replace("BraTS2021_00000", "a..b -rf $(x)"))
-    out = tmp_path / "results/out"
-    assert call("infer.py", tmp_path / "cohort", "--checkpoints", checkpoint, "--out", out)[0] == 0
-    assert files(tmp_path / "results") == ["out.csv", "out/a..b -rf $(x).nii.gz"]
 
 
 # ---- habits of the shell ----------------------------------------------------------------------------------

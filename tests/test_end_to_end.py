@@ -1,29 +1,66 @@
-"""The commands one after the other, as README's quick start runs them, in small: their numbers agree."""
+"""README's snippets with their file alone; the commands of its quick start, in small: their numbers agree."""
+
+import re
+import sys
 
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
-from conftest import TINY, read_rows
+from barlow import barlow_twins_loss, soft_dice_loss
+from conftest import REPO, TINY, read_rows
 from data import find_cases, split_folds
+from ensemble import confidence_ensemble
+
+OURS = {"barlow", "data", "ensemble", "infer", "segresnet", "train"}
+
+
+@pytest.fixture
+def snippet(monkeypatch, tmp_path):
+    """Runs README's Python lines for one file, which finds no other of ours -> the names that they define."""
+    def run_lines(file, without, **names):
+        text = (REPO / "README.md").read_text(encoding="utf-8")
+        (lines,) = re.findall(f"```python\n([^`]*from {file} import [^`]*)```", text)
+        for module in OURS | {*without}:
+            monkeypatch.setitem(sys.modules, module, None)    # cannot be imported
+        monkeypatch.delitem(sys.modules, file)
+        monkeypatch.chdir(tmp_path)
+        exec(lines, names)
+        return names
+    return run_lines
+
+
+def test_readmes_lines_for_barlow_give_the_papers_loss(snippet):
+    views = torch.rand(2, 1, 32, 32, 32, 16)
+    found = snippet("barlow", ("nibabel", "numpy", "scipy"), features_a=views[0], features_b=views[1],
+                    probabilities=torch.rand(1, 3, 8, 8, 8), target=torch.ones(1, 3, 8, 8, 8))
+    barlow = barlow_twins_loss(*(found["projector"](view) for view in views))
+    assert torch.equal(found["loss"], soft_dice_loss(found["probabilities"], found["target"]) + barlow / 128)
+
+
+def test_readmes_lines_for_ensemble_merge_three_maps(snippet):
+    maps = torch.rand(3, 3, 8, 8, 8)
+    found = snippet("ensemble", ("scipy",), **{f"model_{n}_map": one for n, one in zip("abc", maps)})
+    assert torch.equal(found["merged"], confidence_ensemble(maps))
+
+
+def test_readmes_lines_for_segresnet_load_monais_weights(snippet, tmp_path):
+    nets, image = pytest.importorskip("monai.networks.nets"), torch.rand(1, 4, 16, 16, 16)
+    theirs = nets.SegResNet(init_filters=16, in_channels=4, out_channels=3)
+    torch.save(theirs.state_dict(), tmp_path / "monai_segresnet.pt")
+    expected = theirs.eval()(image)
+    found = snippet("segresnet", ("monai", "nibabel", "numpy", "scipy"))
+    assert torch.allclose(found["model"].eval()(image), expected, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
 def both(run, cohort, checkpoint, tmp_path_factory):
-    """The networks of fold 0, after one epoch, and of fold 1, after twenty-four."""
+    """The networks of fold 0, after one epoch, and of fold 1, after twelve."""
     out = tmp_path_factory.mktemp("runs") / "fold1"
-    run("train.py", "--data", cohort, "--fold", 1, "--folds", 2, "--out", out, *TINY, "--epochs", 24,
-        "--lr", 0.01, ok=0)
+    run("train.py", "--data", cohort, "--fold", 1, "--folds", 2, "--out", out, *TINY, "--epochs", 12,
+        "--crop", 24, 24, 24, "--lr", 0.02, ok=0)
     return [checkpoint, out / "best.pt"]
-
-
-def test_the_cohort_check_counts_what_training_reads(call, cohort):
-    cases = find_cases(cohort)
-    voxels = [(np.asarray(nib.load(case.label).dataobj) > 0).sum() for case in cases]
-    _, printed, _ = call("data.py", cohort, ok=0)
-    assert f"6 case(s) of 6 patient(s), named as {cases[0].naming.cohort}" in printed
-    assert f"WT: mean {np.mean(voxels):,.0f} voxels, empty in 0 of 6" in printed
-    assert "6 of 6 cases can be used" in printed
 
 
 def test_training_learns_and_held_out_scores_are_validations(call, cohort, both, tmp_path):

@@ -1,9 +1,6 @@
 """ensemble.py against sums done by hand, scipy's geometric mean, and data.py's painting; then the command."""
 
 import shutil
-import weakref
-from pathlib import Path
-from unittest.mock import Mock
 
 import nibabel as nib
 import numpy as np
@@ -12,6 +9,7 @@ import torch
 from scipy import stats
 
 import ensemble
+from conftest import voxels, write_header
 from data import regions_to_labels
 from ensemble import METHODS, confidence, confidence_ensemble, geometric_mean_ensemble, mean_ensemble
 
@@ -111,10 +109,6 @@ def write_map(path, volume, affine=AFFINE):
     nib.save(image, path)
 
 
-def voxels(path):
-    return torch.from_numpy(np.asarray(nib.load(path).dataobj))
-
-
 @pytest.fixture
 def folders(tmp_path):
     """Three folders with maps of two cases, and {file name: (3, 3, X, Y, Z)}."""
@@ -128,9 +122,9 @@ def folders(tmp_path):
 
 @pytest.fixture
 def merge(call, tmp_path, recwarn):
-    def merge(*arguments, out="out"):
+    def merge(*arguments):
         """Runs the command in this process -> exit code, stderr: at most one line, and no warning."""
-        code, _, error = call("ensemble.py", "--out", tmp_path / out, *arguments)
+        code, _, error = call("ensemble.py", "--out", tmp_path / "out", *arguments)
         assert error.count("\n") == (code == 2) and not recwarn.list
         return code, error
     return merge
@@ -144,7 +138,7 @@ def test_the_command_writes_what_the_functions_give(folders, tmp_path, merge, me
     for name, volumes in maps.items():
         expected = {key: regions_to_labels(function(volumes) > 0.5) for key, function in METHODS.items()}
         assert len({labels.numpy().tobytes() for labels in expected.values()}) == 3    # a mix-up would show
-        assert torch.equal(voxels(tmp_path / "out" / name), expected[method or "confidence"])
+        assert np.array_equal(voxels(tmp_path / "out" / name), expected[method or "confidence"])
 
 
 def test_affine_codes_and_units_stay_and_labels_are_uint8(folders, tmp_path, merge):
@@ -161,7 +155,8 @@ def test_affine_codes_and_units_stay_and_labels_are_uint8(folders, tmp_path, mer
     ("UCSF-PDGM-0004", [], 1, 2, 4), ("BraTS-PED-00002-000", ["--labels", 2, 4, 1], 2, 4, 1),
 ])
 def test_labels_are_those_of_the_cases_cohort(tmp_path, merge, case, flags, necrosis, oedema, enhancing):
-    wt, tc, et = [0.5, 0.9, 0.9, 0.9], [0.1, 0.1, 0.9, 0.9], [0.1, 0.1, 0.1, 0.9]
+    # Resampling may overshoot a little.
+    wt, tc, et = [0.5, 0.9, 0.9, 1.0009], [0.1, 0.1, 0.9, 0.9], [-0.0009, 0.1, 0.1, 0.9]
     write_map(tmp_path / "a" / f"{case}.nii.gz", np.reshape([et, tc, wt], (3, 4, 1, 1)))
     assert merge(tmp_path / "a", *flags) == (0, "")
     assert voxels(tmp_path / "out" / f"{case}.nii.gz").flatten().tolist() == [0, oedema, necrosis, enhancing]
@@ -190,55 +185,34 @@ def test_stray_voxels_of_a_young_network_are_merged(tmp_path, merge, p_et, p_oth
     volume[0, 11, 11, :10] = 0.9    # 10 voxels of ET outside all
     write_map(tmp_path / "a" / "case.nii.gz", volume)
     assert merge(tmp_path / "a") == (0, "")
-    assert torch.equal(voxels(tmp_path / "out/case.nii.gz"), regions_to_labels(torch.tensor(volume) > 0.5))
+    assert np.array_equal(voxels(tmp_path / "out/case.nii.gz"), regions_to_labels(torch.tensor(volume) > 0.5))
 
 
-def test_what_resampling_overshoots_is_cut_off(tmp_path):
-    write_map(tmp_path / "case.nii.gz", np.reshape([-0.0009, 0.5, 1.0009], (3, 1, 1, 1)))
-    assert ensemble.load_maps([tmp_path / "case.nii.gz"])[0].flatten().tolist() == [0, 0.5, 1]
-
-
-def claim(path, shape=(4, 5, 6, 3), content=np.full(360, 9, np.float32).tobytes(), **fields):
-    """A header, whatever its fields, and what follows it."""
-    header = nib.Nifti1Header()
-    header.set_data_shape(shape)
-    header.set_data_dtype(np.float32)
-    for field, value in {"magic": b"n+1", "vox_offset": 352, **fields}.items():
-        header[field] = value
-    with nib.openers.ImageOpener(path, "wb") as file:
-        file.write(header.binaryblock + bytes(4) + content)
-
-
-HALF = np.full((3, 4, 5, 6), 0.5)
+HALF, SHAPE, NINE = np.full((3, 4, 5, 6), 0.5), (4, 5, 6, 3), np.full(360, 9, np.float32).tobytes()
 DAMAGES = {    # what is done to a file, what the line must tell besides the file's name
     "another shape": (lambda path: write_map(path, HALF[..., :5]), "(4, 5, 5, 3)"),
     "another affine": (lambda path: write_map(path, HALF, np.diag([-1.0, -1, 1, 1])), "affine"),
     "two regions": (lambda path: write_map(path, HALF[:2]), "(4, 5, 6, 2)"),
     "one region": (lambda path: nib.save(nib.Nifti1Image(HALF[0], AFFINE), path), "(4, 5, 6)"),
-    "too large": (lambda path: claim(path, (5000, 5000, 2, 3), b""), "(5000, 5000, 2, 3)"),
+    "too large": (lambda path: write_header(path, (5000, 5000, 2, 3)), "(5000, 5000, 2, 3)"),
     "above one": (lambda path: write_map(path, HALF + 1), "1.5"),
     "below zero": (lambda path: write_map(path, HALF - 0.75), "-0.25"),
     "not a number": (lambda path: write_map(path, np.where(np.arange(6) == 3, np.nan, HALF)), "nan"),
     "text": (lambda path: path.write_text("not a volume"), ""),
     "empty": (lambda path: path.write_bytes(b""), ""),
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-200]), ""),
-    "offset": (lambda path: claim(path, vox_offset=-5), ""),
-    "slope": (lambda path: claim(path, scl_slope=3e38), ""),
+    "offset": (lambda path: write_header(path, SHAPE, NINE, vox_offset=-5), ""),
+    "slope": (lambda path: write_header(path, SHAPE, NINE, scl_slope=3e38), ""),
 }
-
-
-def files_below(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_what_cannot_be_merged_is_named(folders, tmp_path, merge, damage):
     path, (do, found) = tmp_path / "b" / "BraTS2021_00001.nii.gz", DAMAGES[damage]
     do(path)
-    before = files_below(tmp_path)
     code, error = merge(*(folders[0] if "another" in damage else [path.parent]))
     assert code == 2 and str(path) in error and found in error
-    assert files_below(tmp_path) == before
+    assert not list(tmp_path.glob("out/*"))
 
 
 @pytest.mark.parametrize("missing", ["a/BraTS2021_00001.nii.gz", "b/BraTS2021_00002.nii.gz", "c"])
@@ -249,52 +223,9 @@ def test_a_case_must_be_in_every_folder(folders, tmp_path, merge, missing):
     assert code == 2 and str(path) in error and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("out", ["file", "file/out", "b", "a/../c"])    # the last two are FOLDERs
-def test_a_place_that_cannot_be_written_is_named(folders, tmp_path, merge, out):
-    (tmp_path / "file").write_text("")
-    before = files_below(tmp_path)
-    code, error = merge(*folders[0], out=out)
-    assert code == 2 and str(tmp_path / out) in error
-    assert files_below(tmp_path) == before
-
-
-@pytest.mark.parametrize("stop, code, words", [(OSError(28, "is full"), 2, "00001.nii.gz: is full"),
-                                               (KeyboardInterrupt(), 130, "")])
-def test_a_full_disk_or_ctrl_c_leaves_no_half_file(folders, tmp_path, merge, monkeypatch, stop, code, words):
-    def half(image, path):
-        Path(path).write_bytes(b"half")
-        raise stop
-
-    monkeypatch.setattr(nib, "save", half)
-    before = files_below(tmp_path)
-    found, error = merge(*folders[0])
-    assert found == code and words in error
-    assert files_below(tmp_path) == before
-
-
-def test_the_file_works_alone_and_nibabels_log_is_silent(run, folders, tmp_path):
-    shutil.copy(ensemble.__file__, tmp_path)
-    (good, volumes), (bad, _) = folders[1].items()
-    claim(tmp_path / "b" / bad, datatype=9999)    # which nibabel does not only raise but log as well
-    done = run(tmp_path / "ensemble.py", "--method", "mean", "--out", "out", *"abc", cwd=tmp_path, ok=2)
-    assert done.stderr.count("\n") == 1 and f"b/{bad}" in done.stderr
-    assert torch.equal(voxels(tmp_path / "out" / good), regions_to_labels(volumes.mean(0) > 0.5))
-
-
-def test_the_maps_of_two_cases_are_never_in_memory_at_once(folders, merge, monkeypatch):
-    load, loaded, alive = ensemble.load_maps, [], []
-
-    def watched(paths):
-        alive.append(sum(maps() is not None for maps in loaded))    # of the cases before
-        maps, image = load(paths)
-        loaded.append(weakref.ref(maps))
-        return maps, image
-
-    monkeypatch.setattr(ensemble, "load_maps", watched)
-    assert merge(*folders[0]) == (0, "") and alive == [0, 0]
-
-
-def test_an_error_without_words_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(nib, "load", Mock(side_effect=MemoryError()))
-    with pytest.raises(ensemble.InputError, match="MemoryError"):
-        ensemble.load_maps([tmp_path / "a.nii.gz"])
+def test_what_nibabel_logs_is_not_said_twice(run, tmp_path):
+    write_map(tmp_path / "a" / "case.nii.gz", HALF)
+    write_header(tmp_path / "a" / "case.nii.gz", SHAPE, NINE, datatype=9999)
+    alone = shutil.copy(ensemble.__file__, tmp_path)
+    done = run(alone, "--out", tmp_path / "out", tmp_path / "a", ok=2)
+    assert done.stderr.count("\n") == 1 and "a/case.nii.gz" in done.stderr

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import infer
-from conftest import read_rows
-from data import InputError, find_cases, labels_to_regions, load_case, normalize, regions_to_labels
+from conftest import read_rows, voxels
+from data import find_cases, labels_to_regions, load_case, normalize, regions_to_labels
 from infer import axis_windows, choose_window, dice, hausdorff95, load_checkpoint, predict, score
 from segresnet import SegResNet
 
@@ -174,59 +174,27 @@ def test_the_table_has_a_line_a_fold_and_the_mean_by_hand(capsys):
 def test_a_checkpoint_has_the_first_editions_names(checkpoint):
     content = torch.load(checkpoint, weights_only=True)
     names = [*content["model"]]
-    assert len(names) == 33 and sum(weight.numel() for weight in content["model"].values()) == 1_175_163
+    assert len(names) == 33
     assert names[:3] == ["init_conv.weight", "encoder_block0.conv1.weight", "encoder_block0.conv2.weight"]
     assert names[-3:] == ["decoder_block0.conv2.weight", "decoder_end.2.weight", "decoder_end.2.bias"]
     assert {"encoder_down3.weight", "encoder_block3.3.conv2.weight", "decoder_up2.0.weight"} < {*names}
     assert {"train_cases", "val_cases"} < {*content}
     assert {"filters", "norm", "crop", "amp", "fold"} < {*content["settings"]}
-    loaded = load_checkpoint(checkpoint)["model"].state_dict()
-    assert all(torch.equal(loaded[name], content["model"][name]) for name in names)
-
-
-@pytest.mark.parametrize("number", [float("nan"), float("-inf")])
-def test_weights_that_are_not_finite_are_refused(checkpoint, tmp_path, number):
-    content = torch.load(checkpoint, weights_only=True)
-    content["model"]["decoder_end.2.bias"][1] = number
-    torch.save(content, tmp_path / "best.pt")
-    with pytest.raises(InputError, match=r"best\.pt.*not finite.*expected"):
-        load_checkpoint(tmp_path / "best.pt")
 
 
 # ---- the command ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def networks(checkpoint, tmp_path_factory):
-    """Two checkpoints, of fold 0 and of its complement, whose random weights paint all regions."""
-    paths, content = [], torch.load(checkpoint, weights_only=True)
-    for fold in "01":
-        torch.manual_seed(int(fold))
-        weights = SegResNet(filters=8).state_dict()
-        weights["decoder_end.2.bias"] = torch.tensor([-0.1, 0.0, 0.1])
-        content |= {"model": weights, "settings": content["settings"] | {"fold": fold}}
-        paths.append(tmp_path_factory.mktemp("networks") / f"fold{fold}.pt")
-        torch.save(content, paths[-1])
-        content |= {"train_cases": content["val_cases"], "val_cases": content["train_cases"]}
-    return paths
-
-
-LPS = nib.orientations.axcodes2ornt("LPS")
-
-
-def turned(image, orientation):
-    """A nibabel image stored in another orientation; its voxels stay where they are in the patient."""
-    return image.as_reoriented(nib.orientations.ornt_transform(nib.io_orientation(image.affine), orientation))
+THERE, BACK = [[2, 1], [0, -1], [1, -1]], [[1, -1], [2, -1], [0, 1]]    # axes and flips
 
 
 @pytest.fixture(scope="module")
 def cohorts(cohort, tmp_path_factory):
-    """`cohort`, and its first case in other orientations."""
+    """`cohort`, and its first case stored along other axes."""
     folder, first = tmp_path_factory.mktemp("turned"), find_cases(cohort)[0]
-    for codes in ("RAS", "SPL", "AIR"):
-        for path in (*first.images, first.label):
-            image = turned(nib.load(path), nib.orientations.axcodes2ornt(codes))
-            nib.save(image, folder / path.name.replace(first.name, codes))
+    for path in (*first.images, first.label):
+        image = nib.load(path).as_reoriented(np.array(THERE))
+        nib.save(image, folder / path.name.replace(first.name, "turned"))
     return [cohort, folder]
 
 
@@ -235,7 +203,7 @@ def predicted(run, cohorts, networks, tmp_path_factory):
     """The folder of one call's predictions, maps and table, for all `cohorts` by the first network."""
     out = tmp_path_factory.mktemp("predicted") / "out"
     done = run("infer.py", *cohorts, "--checkpoints", networks[0], "--out", out, "--probabilities", ok=0)
-    assert "3 cases were trained on" in done.stdout and "9 of 9 cases done" in done.stdout
+    assert "3 cases were trained on" in done.stdout and "7 of 7 cases done" in done.stdout
     return out
 
 
@@ -244,31 +212,26 @@ def scores_of(path):
     return {row["case"]: row for row in read_rows(path)}
 
 
-def read(path):
-    return np.asarray(nib.load(path).dataobj)
-
-
 def test_the_command_writes_what_predict_and_score_give(predicted, cohort, networks):
     model, rows = load_checkpoint(networks[0])["model"], scores_of(predicted.with_name("out.csv"))
     for case in find_cases(cohort):    # stored in LPS, as in memory
         image, target, _ = load_case(case)
         maps = predict(model, normalize(image), (32, 32, 32))
-        labels, written = regions_to_labels(maps > 0.5), read(predicted / f"{case.name}.nii.gz")
+        labels, written = regions_to_labels(maps > 0.5), voxels(predicted / f"{case.name}.nii.gz")
         assert np.array_equal(written, labels) and {*np.unique(written)} == {0, 1, 2, 4}
-        written = np.moveaxis(read(predicted / f"probabilities/{case.name}.nii.gz"), 3, 0)
+        written = np.moveaxis(voxels(predicted / f"probabilities/{case.name}.nii.gz"), 3, 0)
         assert written.dtype == np.float32 and np.abs(written - maps.numpy()).max() < 1e-6
         scores = [float(rows[case.name][column]) for column in infer.COLUMNS]
         assert scores == pytest.approx(score(labels, target, (1, 1, 1)), rel=1e-5)
 
 
-@pytest.mark.parametrize("codes", ["RAS", "SPL", "AIR"])
-def test_predictions_are_in_the_cases_orientation(predicted, cohorts, codes):
-    written, like = nib.load(predicted / f"{codes}.nii.gz"), nib.load(cohorts[1] / f"{codes}_t1.nii.gz")
-    assert written.get_data_dtype() == np.uint8 and written.header["xyzt_units"] == like.header["xyzt_units"]
-    assert np.array_equal(written.affine, like.affine) and nib.aff2axcodes(written.affine) == tuple(codes)
-    assert np.array_equal(turned(written, LPS).dataobj, read(predicted / "BraTS2021_00000.nii.gz"))
+def test_predictions_are_in_the_cases_orientation(predicted, cohorts):
+    written, like = nib.load(predicted / "turned.nii.gz"), nib.load(cohorts[1] / "turned_t1.nii.gz")
+    assert np.array_equal(written.affine, like.affine) and nib.aff2axcodes(written.affine) == tuple("AIL")
+    back = written.as_reoriented(np.array(BACK)).dataobj
+    assert np.array_equal(back, voxels(predicted / "BraTS2021_00000.nii.gz"))
     rows = scores_of(predicted.with_name("out.csv"))
-    assert rows[codes] | {"case": ""} == rows["BraTS2021_00000"] | {"case": ""}
+    assert rows["turned"] | {"case": ""} == rows["BraTS2021_00000"] | {"case": ""}
 
 
 def test_two_ranks_share_the_cases_and_give_the_same_table(run, predicted, cohorts, networks, tmp_path):
@@ -276,7 +239,7 @@ def test_two_ranks_share_the_cases_and_give_the_same_table(run, predicted, cohor
         "--checkpoints", networks[0], "--out", tmp_path / "out", ok=0)
     assert (tmp_path / "out.csv").read_bytes() == predicted.with_name("out.csv").read_bytes()
     for path in predicted.glob("*.nii.gz"):
-        assert np.array_equal(read(tmp_path / "out" / path.name), read(path))
+        assert np.array_equal(voxels(tmp_path / "out" / path.name), voxels(path))
 
 
 @pytest.mark.parametrize("fold, flips", [(0, False), (1, True)])
@@ -287,7 +250,7 @@ def test_held_out_and_flips_reach_the_networks(call, cohort, networks, tmp_path,
     _, printed, _ = call("infer.py", case.label.parent, "--checkpoints", *networks, *flags, ok=0)
     assert "trained on" not in printed
     maps = predict(mine["model"], normalize(load_case(case)[0]), (32, 32, 32), flips)
-    assert np.array_equal(read(out / f"{case.name}.nii.gz"), regions_to_labels(maps > 0.5))
+    assert np.array_equal(voxels(out / f"{case.name}.nii.gz"), regions_to_labels(maps > 0.5))
     assert scores_of(tmp_path / "out.csv")[case.name]["fold"] == str(fold)
 
 

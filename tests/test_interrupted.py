@@ -17,12 +17,11 @@ import torch
 from torch.utils.data import DataLoader
 
 import train
-from conftest import REPO, free_port
+from conftest import REPO, TINIER, free_port
 from data import find_cases, run_command, split_folds
 
 # three cases to train on: 3 steps an epoch on one process, 2 on two; three to validate after epochs 2 and 3
-SMALL = ["--folds", 2, "--epochs", 3, "--lr", "1e-3", "--crop", 16, 16, 16, "--filters", 8, "--pool", 4,
-         "--dim", 4, "--validate-every", 2, "--amp", "off"]
+SMALL = [*TINIER, "--folds", 2, "--epochs", 3, "--lr", "1e-3", "--validate-every", 2]    # and no readers
 FORKS = multiprocessing.get_context("forkserver")    # has PyTorch loaded: a run starts in a tenth of a second
 FORKS.set_forkserver_preload(["train"])
 
@@ -81,7 +80,7 @@ def alone(cohort, tmp_path_factory):
     folders = {}
     for world in (1, 2):
         folders[world] = tmp_path_factory.mktemp("alone") / "out"
-        started = start(folders[world], "--data", cohort, "--cache", "none", "--workers", 0, world=world)
+        started = start(folders[world], "--data", cohort, "--cache", "none", world=world)
         assert ended(folders[world], started)[0] == [0] * world
     return folders
 
@@ -132,11 +131,26 @@ def killed_before_last_pt_is_renamed():
     os.replace = kill
 
 
-def test_killed_while_it_saves_it_ends_equal(alone, cohort, tmp_path):
-    out, arguments = tmp_path / "out", ("--data", cohort, "--cache", "none", "--workers", 0)
-    assert ended(out, start(out, *arguments, change=killed_before_last_pt_is_renamed))[0] == [-signal.SIGKILL]
-    found = {path.name: torch.load(path, weights_only=True)["epoch"] for path in out.glob("*.pt")}
-    assert found == {"last.pt": 1, "best.pt": 2, ".part-last.pt": 2}
+def disk_fills_up():
+    validate = train.validate
+
+    def fill(*arguments):    # after epoch 2: best.pt still fits, last.pt does not
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6_000_000, resource.RLIM_INFINITY))
+        return validate(*arguments)
+    train.validate = fill
+
+
+@pytest.mark.parametrize("change, code", [
+    (killed_before_last_pt_is_renamed, -signal.SIGKILL), (disk_fills_up, 2)])
+def test_stopped_while_it_saves_it_ends_equal(alone, cohort, tmp_path, change, code):
+    out, arguments = tmp_path / "out", ("--data", cohort, "--cache", "none")
+    codes, output = ended(out, start(out, *arguments, change=change))
+    assert codes == [code]
+    if change is disk_fills_up:
+        assert_one_line(output, str(out / "last.pt"))
+    found = {path.name: torch.load(path, weights_only=True)["epoch"] for path in out.glob("[!.]*.pt")}
+    assert found == {"last.pt": 1, "best.pt": 2}
+    assert (out / ".part-last.pt").exists() == (change is not disk_fills_up)
     codes, output = ended(out, start(out, *arguments))
     assert codes == [0] and "; 1 of 3 epochs" in output
     assert_ends_like(out, alone[1])
@@ -153,7 +167,7 @@ def test_torchrun_starts_a_killed_rank_again(alone, cohort, tmp_path, agents):
     meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--local-addr=127.0.0.1"]
     torchrun = ["-m", "torch.distributed.run", f"--nnodes={agents}", f"--nproc_per_node={2 // agents}",
                 "--max-restarts=1", *(meeting if agents == 2 else [])]
-    arguments = [REPO / "train.py", "--data", cohort, "--out", out, *SMALL, "--workers", 0, "--cache", "none"]
+    arguments = [REPO / "train.py", "--data", cohort, "--out", out, *SMALL, "--cache", "none"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with open(log, "w") as file:
         started = [subprocess.Popen([sys.executable, *map(str, [*torchrun, *arguments])], env=environment,
@@ -164,7 +178,8 @@ def test_torchrun_starts_a_killed_rank_again(alone, cohort, tmp_path, agents):
     assert {"TORCHELASTIC_MAX_RESTARTS=1", "TORCHELASTIC_USE_AGENT_STORE=False"} <= {*environment}
     os.kill(rank, signal.SIGKILL)
     assert [agent.wait(300) for agent in started] == [0] * agents, log.read_text()
-    assert len(re.findall("; [0-2] of 3 epochs of 2 steps", log.read_text())) == 2, "it was over before the rank was killed"
+    starts = re.findall("; [0-2] of 3 epochs of 2 steps", log.read_text())
+    assert len(starts) == 2, "it was over before the rank was killed"
     assert_ends_like(out, alone[2])
 
 
@@ -177,7 +192,7 @@ def test_a_rank_that_fails_says_why_and_ends_the_run(cohort, tmp_path):
     scan = train.epoch_order(split_folds(cases, 2)[1], 0, 0, 2)[1].images[2]    # rank 1's first
     scan.write_bytes(scan.read_bytes()[:2000])
     out = tmp_path / "out"
-    assert ended(out, start(out, "--data", tmp_path / "cohort", world=2))[0] == [2, 2]
+    assert ended(out, start(out, "--data", tmp_path / "cohort", "--workers", 1, world=2))[0] == [2, 2]
     assert_one_line((tmp_path / "out.1.txt").read_text(), str(scan))
     assert_one_line((tmp_path / "out.0.txt").read_text(), "onnection")    # Gloo's, that the other has left
 
@@ -195,7 +210,7 @@ def test_ranks_that_see_different_folders_refuse(alone, cohort, tmp_path):
     assert not list((tmp_path / "out1").iterdir())
 
 
-# ---- interrupted, stuck, full -----------------------------------------------------------------------------
+# ---- interrupted, stuck -----------------------------------------------------------------------------------
 
 
 def processes_of(session):
@@ -237,26 +252,6 @@ def test_a_reader_without_hope_ends_the_run(cohort, tmp_path, change, words):
     assert codes == [2]
     assert_one_line(output, *words)
     assert not processes_of(started[0].pid)
-
-
-def disk_fills_up():
-    validate = train.validate
-
-    def fill(*arguments):    # after epoch 2: best.pt still fits, last.pt does not
-        resource.setrlimit(resource.RLIMIT_FSIZE, (6_000_000, resource.RLIM_INFINITY))
-        return validate(*arguments)
-    train.validate = fill
-
-
-def test_a_full_disk_leaves_the_last_checkpoint_good(alone, cohort, tmp_path):
-    out, arguments = tmp_path / "out", ("--data", cohort, "--cache", "none", "--workers", 0)
-    codes, output = ended(out, start(out, *arguments, change=disk_fills_up))
-    assert codes == [2] and torch.load(out / "last.pt", weights_only=True)["epoch"] == 1
-    assert_one_line(output, str(out / "last.pt"))
-    assert sorted(path.name for path in out.iterdir()) == ["best.pt", "last.pt", "log.csv"]
-    codes, output = ended(out, start(out, *arguments))
-    assert codes == [0] and "; 1 of 3 epochs" in output
-    assert_ends_like(out, alone[1])
 
 
 # ---- examples/slurm.sh ------------------------------------------------------------------------------------

@@ -16,15 +16,14 @@ from torch.nn.parallel import DistributedDataParallel
 import infer
 import train
 from barlow import Projector
-from conftest import TINY, free_port, read_rows
-from data import (InputError, augment, find_cases, labels_to_regions, load_case, normalize, regions_to_labels,
+from conftest import TINIER, TINY, free_port, read_rows
+from data import (augment, find_cases, labels_to_regions, load_case, normalize, regions_to_labels,
                   split_folds)
 from segresnet import SegResNet
 
 FLOAT32 = torch.autocast("cpu", enabled=False)
 # three cases to train on, three to validate
-SMALL = ("--folds", 2, "--epochs", 2, "--crop", 16, 16, 16, "--filters", 8, "--pool", 4, "--dim", 4,
-         "--lr", "1e-3", "--workers", 0, "--amp", "off", "--validate-every", 1)
+SMALL = *TINIER, "--folds", 2, "--epochs", 2, "--lr", "1e-3", "--validate-every", 1
 
 
 def two_views(pool=8):
@@ -257,12 +256,3 @@ def test_ranks_that_could_not_meet_are_refused(call, cohort, tmp_path, monkeypat
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     (line,) = call("train.py", "--data", cohort, "--out", tmp_path / "out", *TINY, ok=2)[2].splitlines()
     assert re.search(message, line) and not (tmp_path / "out").exists()
-
-
-def test_flags_stand_in_three_groups(call):
-    _, printed, _ = call("train.py", "--help", ok=0)
-    _, *groups = re.split("the paper's:|where the paper is silent:|the run:", printed)
-    expected = ("--fold --epochs --crop --lr --lambd --pool", "--filters --norm --dim --barlow-weight --amp",
-                "--data --out --cache --workers --seed")
-    for group, flags in zip(groups, expected, strict=True):
-        assert all(f"  {flag} " in group for flag in flags.split()), group
