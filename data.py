@@ -38,13 +38,12 @@ def _check_rank(ndim, form, *tensors):
 
 # ---- section 3.4: normalisation; section 4: crop; section 3.4: flip ---------------------------------------
 
-
 def normalize(image):
     """"Zero mean and unit std (based on non-zero voxels only)", each channel by itself; zeros stay zero.
 
     (C, D, H, W) float32 on the CPU -> the same. The sd is the population's; a constant channel becomes 0.
     Paper: silent on the order. Here: the whole volume, before any crop.
-    Why: training and prediction see the same numbers. A change here needs another CACHE_FORMAT.
+    Why: training and prediction see the same numbers. See `cache_entry` before a change.
     Raises ValueError for another rank.
     """
     _check_rank(4, "(C, D, H, W)", image)
@@ -84,7 +83,6 @@ def random_flip(image, target, generator):
 
 
 # ---- section 3.4: "After this we copy the image, and apply the intensity and spatial transforms" ----------
-
 
 def augment(images, targets, generator):
     """Both views of a crop, each augmented by itself: affine, then intensity. Where the batch is, CPU or GPU.
@@ -161,7 +159,6 @@ def gaussian_blur(volume, sd):
 
 # ---- labels <-> regions -----------------------------------------------------------------------------------
 
-
 def labels_to_regions(labels, et_label=4):
     """Labels (..., D, H, W), 1 necrosis, 2 oedema, `et_label` enhancing -> (..., 3, D, H, W) bool."""
     if labels.ndim < 3:
@@ -183,7 +180,6 @@ def regions_to_labels(regions, et_label=4):
 
 
 # ---- cohorts: what files are called, and what labels mean -------------------------------------------------
-
 
 class Naming(NamedTuple):
     """A cohort's files and labels. A template is the end of a path, less .nii or .nii.gz; {} is the case."""
@@ -221,18 +217,6 @@ class InputError(ValueError):
     """What the user can mend: the file or flag, what was found, what was expected."""
 
 
-def list_volumes(root):
-    """The sorted paths of all volumes below `root`. Raises InputError for a folder that cannot be listed."""
-    def refuse(error):
-        raise InputError(f"{error.filename}: {error.strerror}, expected a folder that can be listed")
-
-    volume = re.compile(r".*/[^./][^/]*\.nii(\.gz)?")
-    paths = [os.path.join(folder, name) for folder, folders, files in
-             os.walk(root, onerror=refuse, followlinks=True) if not volume.fullmatch(folder)
-             for name in files + folders]    # some archives unpack x.nii into a folder of that name: refused
-    return sorted(map(Path, filter(volume.fullmatch, paths)))
-
-
 def match(naming, template, path):
     """The case's name in a path, or None."""
     pattern = rf"(?:.*/)?{template.replace('{}', f'({naming.case})')}\.nii(?:\.gz)?"
@@ -263,9 +247,17 @@ def find_cases(root, names=None, labels=None):
     """The cases anywhere below the folder `root`, sorted by name; nothing is read but folder listings.
 
     names: the endings of t1, t1ce, t2, flair, segmentation; labels: as IN_MEMORY; both in place of NAMINGS'.
-    Raises InputError for no case, two namings, labels of unknown meaning, a file that is there twice.
+    Raises InputError for a folder that cannot be listed, no case, two namings, labels of unknown meaning, a
+    file that is there twice.
     """
-    paths, found, cases = list_volumes(root), {}, []
+    def refuse(error):
+        raise InputError(f"{error.filename}: {error.strerror}, expected a folder that can be listed")
+
+    volume, found, cases = re.compile(r".*/[^./][^/]*\.nii(\.gz)?"), {}, []
+    paths = [os.path.join(folder, name) for folder, folders, files in
+             os.walk(root, onerror=refuse, followlinks=True) if not volume.fullmatch(folder)
+             for name in files + folders]    # some archives unpack x.nii into a folder of that name: refused
+    paths = sorted(map(Path, filter(volume.fullmatch, paths)))
     naming = choose_naming(root, paths, names, labels)
     for kind, template in zip((*MODALITIES, "seg"), (*naming.images, naming.segmentation)):
         for path in paths:
@@ -405,11 +397,9 @@ def save_volume(path, volume, like, labels=IN_MEMORY):
         array = np.moveaxis(array, 0, -1)    # (D, H, W, 3)
     from_lps = nib.orientations.ornt_transform(LPS, nib.io_orientation(like.affine))
     array = nib.orientations.apply_orientation(array, from_lps)
-    header = like.header.copy()
-    header.set_data_shape(array.shape)
-    header.set_data_dtype(array.dtype)
-    header["cal_min"] = header["cal_max"] = 0    # the display range of `like` means nothing here
-    write_whole(path, gzip.compress(nib.Nifti1Image(array, like.affine, header).to_bytes(), 1))
+    image = nib.Nifti1Image(array, like.affine, like.header, dtype=array.dtype)
+    image.header["cal_min"] = image.header["cal_max"] = 0    # the display range of `like` means nothing here
+    write_whole(path, gzip.compress(image.to_bytes(), 1))
 
 
 def write_whole(path, content, prefix=".part"):
@@ -436,7 +426,6 @@ def save_tensors(path, content, prefix=".part"):
 
 # ---- the prepared case, and its cache ---------------------------------------------------------------------
 
-
 def brain_box(brain):
     """[(first, last + 1)] along D, H, W of what is True in (D, H, W) bool; all of it where nothing is."""
     brain = np.asarray(brain)    # NumPy, and W last: many times as fast
@@ -445,14 +434,11 @@ def brain_box(brain):
     return [(int(i[0]), int(i[-1]) + 1) if len(i) else (0, n) for i, n in zip(inside, brain.shape)]
 
 
-CACHE_FORMAT = 2    # to be raised when what `prepare` makes of a case's files changes
-
-
 def cache_entry(case, cache):
     """Where `prepare` keeps a case. Changed sources, other labels and another format are another file."""
     files = [path.resolve(strict=True) for path in (*case.images, case.label)]
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    facts = CACHE_FORMAT, case.naming, stats
+    facts = 2, case.naming, stats    # 2: to be raised when what `prepare` makes of a case's files changes
     return cache / f"{case.name}-{sha256(repr(facts).encode()).hexdigest()[:16]}.pt"
 
 
@@ -479,7 +465,6 @@ def prepare(case, cache=None):
 
 # ---- the command ------------------------------------------------------------------------------------------
 
-
 def show_progress(what, done, total, start):
     """In a terminal, one line that rewrites itself: count, rate, time left. `start` is a time.monotonic()."""
     if sys.stdout.isatty():
@@ -491,7 +476,7 @@ def show_progress(what, done, total, start):
 
 def folder(text):
     """An argparse type: the shell does not expand --flag=~/folder."""
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))
 
 
 def add_cohort_flags(parser):
@@ -512,8 +497,6 @@ def run_command(main):
     sys.stdout.reconfigure(errors="replace", line_buffering=True)    # a log need not be UTF-8
     try:
         code = main()
-    except SystemExit as end:    # argparse's
-        code = end.code
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:    # a reader such as `head` has left
@@ -522,10 +505,9 @@ def run_command(main):
         # RuntimeErrors of readers that died or are stuck, or of a rank that has left and said why
         if isinstance(error, RuntimeError) and not re.search("^DataLoader|[Cc]onnection", str(error)):
             raise
-        text = str(error)
         if isinstance(error, OSError):
-            text = f"{error.filename or 'output'}: {error.strerror or error}"
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(text.split())}", file=sys.stderr)
+            error = f"{error.filename or 'output'}: {error.strerror or error}"
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2
     os._exit(code or 0)    # not through an exit that waits for the threads of other libraries
 
@@ -553,12 +535,8 @@ def main():
             show_progress("checking", len(results), len(cases), start)
     for region, sizes in zip(REGIONS, zip(*(sizes for _, sizes, _ in results if sizes))):
         print(f"  {region}: mean {np.mean(sizes):,.0f} voxels, empty in {sizes.count(0)} of {len(sizes)}")
-    known = {path for case in cases for path in (*case.images, case.label)}
-    strangers = [str(path) for path in list_volumes(args.root) if path not in known]
-    bare = [case.name for case in cases if case.label is None]
-    for what, found in (("cases have no segmentation", bare), ("volumes belong to no case", strangers)):
-        if found:
-            print(f"  {len(found)} {what}: {', '.join(found[:3])}{' ...' * (len(found) > 3)}")
+    if bare := [case.name for case in cases if case.label is None]:
+        print(f"  {len(bare)} cases have no segmentation: {', '.join(bare[:3])}{' ...' * (len(bare) > 3)}")
     good = sum(usable for _, _, usable in results)
     print(*(f"  {line}" for lines, _, _ in results for line in lines),
           f"{good} of {len(cases)} cases can be used", sep="\n")

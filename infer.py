@@ -21,6 +21,7 @@ import shutil
 import sys
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -30,7 +31,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional    # imported later, by DDP, it would keep Gloo's threads to the end
 from scipy.spatial import KDTree
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from data import (REGIONS, InputError, add_cohort_flags, brain_box, check_same_grid, describe, doubts,
                   find_cases, folder, labels_to_regions, load_case, normalize, read_labels, regions_to_labels,
@@ -42,7 +43,6 @@ HD95_ONE_EMPTY = 373.13    # mm, BraTS's penalty, about the diagonal of its volu
 
 
 # ---- prediction -------------------------------------------------------------------------------------------
-
 
 @torch.inference_mode()
 def predict(model, image, roi=(192, 192, 144), flips=False):
@@ -111,7 +111,6 @@ def gaussian_window(size):
 
 
 # ---- section 4: Dice and Hausdorff95 ----------------------------------------------------------------------
-
 
 def dice(prediction, truth):
     """2 |A and B| / (|A| + |B|) of two bool masks of one shape, arrays or tensors.
@@ -262,40 +261,30 @@ def free_shared_memory():
 
 # ---- the loop over cases ----------------------------------------------------------------------------------
 
+def read_case(case, predictions=None):
+    """A case's image (4, D, H, W) float32, normalised, truth (3, D, H, W) bool or None, affine, doubt.
 
-class Volumes(Dataset):
-    """A case each: image (4, D, H, W) float32, normalised, truth (3, D, H, W) bool or None, affine, doubt.
-
+    predictions: a folder whose segmentation of the case, labels (D, H, W), takes the image's place.
     Where it cannot be read: the InputError, returned since a reading process would wrap what it raises.
     """
-
-    def __init__(self, cases):
-        self.cases = cases
-
-    def __len__(self):
-        return len(self.cases)
-
-    def __getitem__(self, index):
-        try:
-            image, truth, affine = load_case(self.cases[index])
-        except InputError as error:
-            return error
-        return normalize(image), truth, affine, bool(doubts(image, affine))
+    try:
+        if predictions is None:
+            image, truth, affine = load_case(case)
+            return normalize(image), truth, affine, bool(doubts(image, affine))
+        path = predictions / f"{case.name}.nii.gz"
+        labels, affine = read_labels(path, case.naming.labels)
+        truth, its_affine = read_labels(case.label, case.naming.labels, case.naming.background)
+        check_same_grid(path, labels, affine, case.label, truth, its_affine)
+        return labels, labels_to_regions(truth), affine, False
+    except InputError as error:
+        return error
 
 
-def read_ahead(cases):
-    """An iterable over `Volumes`, for which a process reads one case ahead."""
+def read_ahead(cases, predictions=None):
+    """What `read_case` gives for each case; one process reads the next while this one is in use."""
     workers = 1 if free_shared_memory() > 3 * 2**28 else 0    # room for three images on their way
-    return DataLoader(Volumes(cases), batch_size=None, num_workers=workers, timeout=600 * workers)
-
-
-def read_prediction(case, folder):
-    """A folder's segmentation of a case, truth, affine and doubt, as of `Volumes`. Raises InputError."""
-    path = folder / f"{case.name}.nii.gz"
-    labels, affine = read_labels(path, case.naming.labels)
-    truth, its_affine = read_labels(case.label, case.naming.labels, case.naming.background)
-    check_same_grid(path, labels, affine, case.label, truth, its_affine)
-    return labels, labels_to_regions(truth), affine, False
+    return DataLoader(cases, batch_size=None, collate_fn=partial(read_case, predictions=predictions),
+                      num_workers=workers, timeout=600 * workers)
 
 
 def predict_case(case, image, checkpoints, args):
@@ -326,17 +315,16 @@ def run(cases, chosen, args, rank):
     chosen: {case's name: the checkpoints that predict it}.
     """
     rows, failures, doubtful, start = [], [], [], time.monotonic()
-    ahead = itertools.repeat(None) if args.score else read_ahead(cases)
-    for done, (case, read) in enumerate(zip(cases, ahead), 1):
+    for done, (case, read) in enumerate(zip(cases, read_ahead(cases, args.score)), 1):
         try:
             if isinstance(read, InputError):
                 raise read
-            volume, truth, affine, doubt = read or read_prediction(case, args.score)
+            volume, truth, affine, doubt = read
             doubtful += [case.name] * doubt
             labels = volume if args.score else predict_case(case, volume, chosen[case.name], args)
             if truth is not None:
-                scores = score(labels, truth, nib.affines.voxel_sizes(np.asarray(affine)))
-                folds = [c["settings"]["fold"] for c in chosen.get(case.name, ()) if args.held_out]
+                scores = score(labels, truth, nib.affines.voxel_sizes(affine))
+                folds = [c["settings"]["fold"] for c in chosen[case.name] if args.held_out]
                 rows.append({"case": case.name, "fold": "/".join(sorted(set(folds))),
                              **{column: f"{value:.6g}" for column, value in zip(COLUMNS, scores)}})
         except InputError as error:
@@ -349,7 +337,6 @@ def run(cases, chosen, args, rank):
 
 
 # ---- the command ------------------------------------------------------------------------------------------
-
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description="Predicts, ensembles and scores cases.")
@@ -367,39 +354,28 @@ def parse_arguments():
     return parser.parse_args()
 
 
-def gather_cases(args):
-    """The cases below all folders of the call, {name: case}. Raises InputError for two of one name."""
-    cases = {}
-    for root in args.cases:
-        for case in find_cases(root, args.names, args.labels):
-            if cases.setdefault(case.name, case).images != case.images:
-                raise InputError(f"{case.images[0]}: {cases[case.name].images[0]} has the same name, "
-                                 "expected each case once")
-    return cases
-
-
-def choose_checkpoints(args, cases):
-    """{case's name: the checkpoints that predict it}, for those that have any. Raises InputError."""
+def choose(args):
+    """-> the call's cases, sorted by name, and {name: the checkpoints that predict it}. Raises InputError."""
     if len({path.resolve() for path in args.checkpoints}) < len(args.checkpoints):
         raise InputError("--checkpoints: one is given twice and would count twice, expected each once")
+    cases = {}
+    for case in (case for root in args.cases for case in find_cases(root, args.names, args.labels)):
+        if cases.setdefault(case.name, case).images != case.images:
+            raise InputError(f"{case.images[0]}: {cases[case.name].images[0]} has the same name, expected "
+                             "each case once")
     checkpoints = [load_checkpoint(path) for path in args.checkpoints]
-    chosen = {}
-    for case in cases:
-        those = [c for c in checkpoints if case.name in c["val_cases"] or not args.held_out]
-        if those:
-            chosen[case.name] = those
-    if not chosen:
+    chosen = {name: [c for c in checkpoints if name in c["val_cases"] or not args.held_out] for name in cases}
+    cases = [case for name, case in sorted(cases.items()) if chosen[name] or args.score and case.label]
+    if not cases and args.score:
+        raise InputError(f"{args.cases[0]}: no case has a segmentation, expected some to --score against")
+    if not cases:
         raise InputError("--held-out: no case is in a checkpoint's val_cases, expected the cohort it had")
-    return chosen
+    return cases, chosen
 
 
 def main():
     args = parse_arguments()
-    cases = gather_cases(args)
-    chosen = {} if args.score else choose_checkpoints(args, cases.values())
-    cases = [case for name, case in sorted(cases.items()) if name in chosen or args.score and case.label]
-    if not cases:
-        raise InputError(f"{args.cases[0]}: no case has a segmentation, expected some to --score against")
+    cases, chosen = choose(args)
     if not args.score:
         for place in (args.out, args.out / "probabilities"):    # before ranks meet: none has written yet
             if there := next(place.glob("[!.]*.nii.gz"), None):

@@ -35,7 +35,6 @@ from segresnet import NORMS, SegResNet
 
 # ---- the paper's step -------------------------------------------------------------------------------------
 
-
 class TwoViews(nn.Module):
     """What DDP wraps: network and projection branch in one forward pass; one backward synchronises both.
 
@@ -79,7 +78,6 @@ def cosine(lr, step, steps):
 
 
 # ---- samples ----------------------------------------------------------------------------------------------
-
 
 def case_generator(seed, epoch, name):
     """A sample's one random generator: seed, epoch and the case's name decide, and nothing else."""
@@ -299,8 +297,7 @@ def train(args, rank, world, device):
         pin_memory=device.type == "cuda", timeout=600 if args.workers else 0))
     for epoch in range(first, args.epochs):
         start, sums = time.monotonic(), torch.zeros(6, dtype=torch.float64, device=device)
-        for step in range(steps):
-            sample = next(samples)
+        for step, sample in zip(range(steps), samples):
             if isinstance(sample, Exception):
                 raise sample
             image, labels, seed, doubtful = sample
