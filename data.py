@@ -50,7 +50,7 @@ def normalize(image):
     image = image.clone()
     for channel in image:
         background = channel == 0
-        voxels = channel[~background].numpy()    # NumPy's sums are the same on any number of threads
+        voxels = channel.numpy()[~background.numpy()]    # NumPy's sums are the same on any number of threads
         if len(voxels):
             mean, sd = float(voxels.mean(dtype=np.float64)), float(voxels.std(dtype=np.float64))
             channel.sub_(mean).div_(max(sd, 1e-8)).masked_fill_(background, 0)

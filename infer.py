@@ -297,7 +297,7 @@ def predict_case(case, image, checkpoints, args):
         with torch.autocast(device.type, dtype=precision, enabled=precision is not None):
             maps.append(predict(model, image, choose_window(image, settings["crop"]), args.flips))
     maps = torch.stack(maps)    # (N, 3, D, H, W)
-    if maps.isnan().any():
+    if maps.sum().isnan():
         raise InputError(f"{case.name}: a network gives NaN, expected probabilities; see its --amp")
     # (3, D, H, W); any method would give a single map back
     probabilities = METHODS[args.ensemble](maps) if len(maps) > 1 else maps[0]
