@@ -219,7 +219,7 @@ def processes_of(session):
 
 
 def test_ctrl_c_leaves_quietly(cohort, tmp_path):
-    started = start(tmp_path / "out", "--data", cohort, "--workers", 1)
+    started = start(tmp_path / "out", "--data", cohort, "--workers", 1, "--epochs", 1000)    # not over before
     wait_for(tmp_path / "out" / "last.pt")
     os.killpg(started[0].pid, signal.SIGINT)    # as a terminal does, to the readers too
     codes, output = ended(tmp_path / "out", started)
