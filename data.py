@@ -127,7 +127,7 @@ def random_intensity(images, generator):
 
     Paper: "intensity modifications". Here: blur, sd U(0.5, 1) voxels, p 0.2; scale by U(0.7, 1.3), p 0.5;
     shift by U(-0.1, 0.1), p 0.5; noise, sd U(0, 0.1), p 0.2.
-    Why: as in the authors' later Auto3DSeg, in MONAI; noise comes last, or the blur would remove it.
+    Why: adapted from the authors' later Auto3DSeg, in MONAI; noise comes last, or the blur would remove it.
     """
     background = images == 0
     images = images.clone()
@@ -266,8 +266,9 @@ def find_cases(root, names=None, labels=None):
                 raise InputError(f"{path}: {found[name][kind]} is there too, expected one {kind} a case")
     for name, files in sorted(found.items()):
         place = next(iter(files.values())).parent
-        if place.name == name and len(odd := [*place.glob("[!.]*_Segm.nii*")]) == 1:
-            files.setdefault("seg", odd[0])    # BraTS20_Training_355's
+        if naming.cohort == NAMINGS[0].cohort and place.name == name:
+            odd = [*place.glob("[!.]*_Segm.nii*")]    # BraTS20_Training_355's
+            files |= {"seg": files.get("seg", odd[0])} if len(odd) == 1 else {}
         ends = [template.replace("\\", "").replace("{}", name).split("/")[-1] for template in naming.images]
         images = tuple(files.get(kind, place / f"{end}.nii.gz") for kind, end in zip(MODALITIES, ends))
         patient = re.sub(r"(?<=-\d{5})-\d{3}$|_FU.*$|(?<=UPENN-GBM-\d{5})_\d\d$", "", name)

@@ -146,6 +146,9 @@ def save_labels(path, regions, labels, like):
     try:
         part.write_bytes(gzip.compress(type(like)(painted, like.affine, header).to_bytes(), 1))
         part.replace(path)    # whole or not there
+    except OSError as error:
+        error.filename = str(path)    # a write does not say to which file
+        raise
     finally:
         part.unlink(missing_ok=True)
 

@@ -363,7 +363,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(call, places, tmp_path, lin
     ("infer.py {cohort} --checkpoints {best} --out {tmp}/out", 100, "out/BraTS2021_00000.nii.gz"),
     ("infer.py {copy} --score {tmp}/scored", 20, "scored.csv"),
     (f"train.py --data {{cohort}} --out {{tmp}}/out {' '.join(TINY)}", 20_000, "cache/BraTS2021_0000"),
-    ("ensemble.py --out {tmp}/out {maps}", 20, "out"),
+    ("ensemble.py --out {tmp}/out {maps}", 20, "out/map.nii.gz"),
 ])
 def test_a_full_disk_leaves_nothing_torn(call, places, tmp_path, monkeypatch, line, size, named):
     monkeypatch.setattr(infer, "free_shared_memory", lambda: 0)    # shared memory is a file, too

@@ -209,7 +209,7 @@ def test_labels_are_the_integers_that_they_are_near(tmp_path, name, suffixes, va
 
 CASE, ODD = "BraTS20_Training_355_", "W39_1998.09.19_Segm.nii"
 HERE, FAMOUS = f"{CASE[:-1]}/{CASE}", f"{CASE[:-1]}/{ODD}"
-UCSF, UPENN = "UCSF-PDGM-0004_", "UPENN-GBM-00002_11_"
+GLI, UCSF, UPENN = "BraTS-GLI-00001-000", "UCSF-PDGM-0004_", "UPENN-GBM-00002_11_"
 
 
 @pytest.mark.parametrize("image, others, truth", [
@@ -217,7 +217,7 @@ UCSF, UPENN = "UCSF-PDGM-0004_", "UPENN-GBM-00002_11_"
     (f"{HERE}t1ce.nii", [FAMOUS, f"{HERE}seg.nii"], 1),
     (f"{HERE}t1ce.nii", [FAMOUS, f"{CASE[:-1]}/old_Segm.nii"], None),
     (f"{CASE}t1ce.nii", ["brain_mask_seg.nii.gz"], None), (f"{CASE}t1ce.nii", ["aparc+aseg.nii.gz"], None),
-    ("BraTS-GLI-00001-000-t1c.nii.gz", [ODD], None),
+    (f"{GLI}/{GLI}-t1c.nii.gz", [f"{GLI}/{ODD}"], None),
     (f"{UCSF}T1c.nii", [f"{UCSF}brain_segmentation.nii"], None),
     (f"{UCSF}T1c.nii", [f"{UCSF}T1c_bias.nii", f"{UCSF}tumor_segmentation.nii"], 1),
     (f"images_structural/{UPENN}T1GD.nii", [f"automated_segm/{UPENN}segm.nii"], None),
