@@ -98,7 +98,8 @@ def test_predictions_are_in_the_layouts_own_labels(layouts, networks, tmp_path, 
         rows = read_rows(table)
         for case, row in zip(find_cases(layouts / like), rows, strict=True):    # Dice of ET, TC, WT by hand
             files = out / f"{case.name}.nii.gz", case.label
-            for column, p, t in zip(infer.COLUMNS, *(regions_by_hand(voxels(f), *LABELS[like]) for f in files)):
+            regions = [regions_by_hand(voxels(file), *LABELS[like]) for file in files]
+            for column, p, t in zip(infer.COLUMNS, *regions):
                 assert abs(float(row[column]) - 2 * (p & t).sum() / (p.sum() + t.sum())) < 1e-6
         tables.append([[row[column] for column in infer.COLUMNS] for row in rows])
         assert tables[-1] == tables[0] and len(rows) == 4

@@ -29,6 +29,7 @@ FORKS.set_forkserver_preload(["train"])
 def command(arguments, environment, log, change):
     """train.py with its output in the file `log`. change(): what is done to it first."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background jobs ignore it
     multiprocessing.set_start_method(None, force=True)    # for its readers, the platform's own again
     os.environ.update(environment)
     with open(log, "w") as file:
