@@ -84,33 +84,17 @@ METHODS = {"confidence": confidence_ensemble, "geometric": geometric_mean_ensemb
 nib.imageglobals.logger.setLevel("CRITICAL")    # it logs what it then raises
 
 
-class InputError(ValueError):
-    """What the user can mend: the file or flag, what was found, what was expected."""
-
-
-def list_cases(folders):
-    """Folders -> the sorted names of their *.nii.gz files, which must be the same in every folder."""
-    names = [{path.name for path in folder.glob("[!.]*.nii.gz")} for folder in folders]
-    for folder, found in zip(folders, names):
-        missing = sorted(set().union(*names) - found) if found else ["*.nii.gz"]
-        if missing:
-            raise InputError(f"{folder / missing[0]}: no such file, expected every case in every FOLDER")
-    return sorted(names[0])
-
-
 def load_maps(paths):
-    """Paths of one case's maps -> (N, 3, X, Y, Z) float32, and the first one's image for its header."""
-    first, maps = None, None
-    for n, path in enumerate(paths):
+    """Paths of one case's maps -> (N, 3, X, Y, Z) float32, and the first one's image. Raises ValueError."""
+    maps, first = [], None
+    for path in paths:
         try:
             image = nib.load(path)
-            if not np.isfinite(image.affine).all():
-                raise ValueError("an affine that is not finite")
             first = first or image
             if image.shape[3:] != (3,) or np.prod(image.shape) > 3 * 2**25 or image.shape != first.shape:
                 raise ValueError(f"shape {image.shape}, not (X, Y, Z, 3), the same in every FOLDER")
-            if not np.allclose(image.affine, first.affine, atol=1e-2):
-                raise ValueError(f"an affine unlike that of {paths[0]}")
+            if not (np.isfinite(image.affine).all() and np.allclose(image.affine, first.affine, atol=1e-2)):
+                raise ValueError(f"an affine that is not finite, or unlike that of {paths[0]}")
             volume = torch.from_numpy(np.asarray(image.dataobj, np.float32)).movedim(3, 0)    # (3, X, Y, Z)
             if not (volume.min() > -1e-3 and volume.max() < 1.001):    # so NaN too; resampling overshoots
                 raise ValueError(f"values {volume.min():g} to {volume.max():g}, not [0, 1]")
@@ -120,16 +104,15 @@ def load_maps(paths):
                     raise ValueError("most of a region lies outside the next larger one")
         except Exception as error:    # nibabel, gzip and zlib each raise their own kinds for a damaged file
             what = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise InputError(f"{path}: {what}; expected ET, TC, WT as maps in NIfTI, in [0, 1]") from None
-        maps = torch.empty(len(paths), *volume.shape) if maps is None else maps
-        maps[n] = volume.clamp(0, 1)
-    return maps, first
+            raise ValueError(f"{path}: {what}; expected ET, TC, WT as maps in NIfTI, in [0, 1]") from None
+        maps.append(volume.clamp(0, 1))
+    return torch.stack(maps), first
 
 
 def labels_of(name):
     """The labels of necrosis, oedema and enhancing tumour that a case's name tells."""
     if "-PED-" in name:
-        raise InputError(f"{name}: what BraTS-PED's labels mean depends on the year, expected --labels")
+        raise ValueError(f"{name}: what BraTS-PED's labels mean depends on the year, expected --labels")
     return (2, 1, 3) if name.startswith("BRATS_") else (1, 2, 3) if name.startswith("BraTS-") else (1, 2, 4)
 
 
@@ -154,12 +137,15 @@ def save_labels(path, regions, labels, like):
 
 
 def merge(folders, out, method, labels):
-    """Merges every case of `folders` into `out`, a line each. Raises InputError and OSError."""
-    names = list_cases(folders)
+    """Merges every case of `folders` into `out`, a line each. Raises ValueError and OSError."""
+    names = sorted({path.name for folder in folders for path in folder.glob("[!.]*.nii.gz")})
+    for path in (folder / name for folder in folders for name in names or ["*.nii.gz"]):
+        if not path.exists():
+            raise ValueError(f"{path}: no such file, expected every case in every FOLDER")
     if len({folder.resolve() for folder in (*folders, out)}) <= len(folders):
-        raise InputError(f"--out {out}: FOLDER and --out name one folder twice, expected each once")
+        raise ValueError(f"--out {out}: FOLDER and --out name one folder twice, expected each once")
     if labels and len({*labels} & {*range(1, 256)}) < 3:
-        raise InputError(f"--labels {labels}: expected three different numbers from 1 to 255")
+        raise ValueError(f"--labels {labels}: expected three different numbers from 1 to 255")
     out.mkdir(parents=True, exist_ok=True)
     for i, name in enumerate(names, 1):
         maps, first = load_maps([folder / name for folder in folders])
@@ -185,7 +171,7 @@ def main():
             merge(**vars(args))
     except BrokenPipeError:    # a reader such as `head` has left
         os._exit(141)
-    except (InputError, OSError) as error:
+    except (ValueError, OSError) as error:
         text = f"{error.filename or args.out}: {error.strerror}" if isinstance(error, OSError) else str(error)
         parser.exit(2, f"ensemble.py: error: {' '.join(text.split())}\n")
     except KeyboardInterrupt:

@@ -16,6 +16,7 @@ import reprlib
 import shutil
 import time
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from barlow import Projector, barlow_twins_terms, soft_dice_loss
 from data import (InputError, add_cohort_flags, augment, cache_entry, describe, find_cases, folder,
@@ -85,29 +86,21 @@ def case_generator(seed, epoch, name):
     return torch.Generator().manual_seed(int(state))
 
 
-class Crops(Dataset):
-    """Samples of a schedule of (epoch, case): image (4, *crop) float16, labels (1, *crop) uint8, seed, doubt.
+def draw_sample(turn, crop, seed, cache=None):
+    """A sample of (epoch, case): image (4, *crop) float16, labels (1, *crop) uint8, the views' seed, doubt.
 
     Where a file cannot be read: the error, returned since a reading process would wrap what it raises.
     """
-
-    def __init__(self, schedule, crop, seed, cache=None):
-        self.schedule, self.crop, self.seed, self.cache = schedule, crop, seed, cache
-
-    def __len__(self):
-        return len(self.schedule)
-
-    def __getitem__(self, index):
-        epoch, case = self.schedule[index]
-        generator = case_generator(self.seed, epoch, case.name)
-        try:
-            whole = prepare(case, self.cache)
-        except (InputError, OSError) as error:
-            return error
-        box = whole["image"], whole["labels"]
-        image, labels = random_crop(*box, self.crop, generator, whole["corner"], whole["shape"])
-        image, labels = random_flip(image, labels, generator)
-        return image, labels, int(torch.randint(2**31, (), generator=generator)), whole["doubtful"]
+    epoch, case = turn
+    generator = case_generator(seed, epoch, case.name)
+    try:
+        whole = prepare(case, cache)
+    except (InputError, OSError) as error:
+        return error
+    box = whole["image"], whole["labels"]
+    image, labels = random_crop(*box, crop, generator, whole["corner"], whole["shape"])
+    image, labels = random_flip(image, labels, generator)
+    return image, labels, int(torch.randint(2**31, (), generator=generator)), whole["doubtful"]
 
 
 def epoch_order(cases, seed, epoch, world):
@@ -288,12 +281,11 @@ def train(args, rank, world, device):
         print(*lines, f"{len(train_cases)} cases to train on, {len(val_cases)} to validate; {device.type} x "
               f"{world}, {settings['precision']}; {first} of {args.epochs} epochs of {steps} steps are done",
               sep="\n")
-    if first == args.epochs:
-        return
     schedule = [(epoch, case) for epoch in range(first, args.epochs)
                 for case in epoch_order(train_cases, args.seed, epoch, world)[rank::world]]
+    draw = partial(draw_sample, crop=args.crop, seed=args.seed, cache=args.cache)
     samples = iter(DataLoader(    # one for all epochs, so that its workers read on while an epoch ends
-        Crops(schedule, args.crop, args.seed, args.cache), batch_size=None, num_workers=args.workers,
+        schedule, batch_size=None, collate_fn=draw, num_workers=args.workers,
         pin_memory=device.type == "cuda", timeout=600 if args.workers else 0))
     for epoch in range(first, args.epochs):
         start, sums = time.monotonic(), torch.zeros(6, dtype=torch.float64, device=device)

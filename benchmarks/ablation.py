@@ -251,10 +251,9 @@ def fit(run, size, cases, cache):
     scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
     schedule = [(epoch, case) for epoch in range(math.ceil(size.steps / len(cases)))
                 for case in train.epoch_order(cases, run.seed, epoch, 1)]
-    samples = train.Crops(schedule, size.crop, run.seed, cache)
     with patch.object(*arm.instead):
-        for step in range(size.steps):
-            image, labels, views_seed, _ = samples[step]
+        for step, turn in zip(range(size.steps), schedule):
+            image, labels, views_seed, _ = train.draw_sample(turn, size.crop, run.seed, cache)
             for group in optimizer.param_groups:
                 group["lr"] = train.cosine(size.lr, step, size.steps)
             losses = train.compute_losses(views, image.to(device), labels.to(device), views_seed, arm.weight,

@@ -36,7 +36,7 @@ from barlow import Projector  # noqa: E402
 from data import augment, find_cases, labels_to_regions, load_case, normalize  # noqa: E402
 from infer import choose_precision, choose_window, hausdorff95, move_to, predict, write_csv  # noqa: E402
 from segresnet import SegResNet, to_monai  # noqa: E402
-from train import Crops, TwoViews, compute_losses  # noqa: E402
+from train import TwoViews, compute_losses, draw_sample  # noqa: E402
 
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647"}    # glibc keeps tensors' memory
 SAME = "MONAI's network, all else as ours"    # KEPT too
@@ -47,9 +47,8 @@ CPU = torch.device("cpu")
 
 def our_sample(case, crop):
     torch.set_num_threads(1)    # as in a reading process
-    crops = Crops([(epoch, case) for epoch in range(99)], crop, 0, Path(tempfile.mkdtemp()))
-    indices = itertools.count()
-    return lambda: crops[next(indices)]
+    epochs, cache = itertools.count(), Path(tempfile.mkdtemp())
+    return lambda: draw_sample((next(epochs), case), crop, 0, cache)
 
 
 def monai_sample(case, crop, persistent=False):
@@ -117,7 +116,7 @@ def batchgenerators_views(image, labels):
 
 def regions_of(views, case, crop):
     """`views` of a crop, and the regions that follow from them."""
-    image, labels, _, _ = Crops([(0, case)], crop, 0)[0]
+    image, labels, _, _ = draw_sample((0, case), crop, 0)
     two_labels = views(image.float(), labels)
     return lambda: tuple(labels_to_regions(view) for view in two_labels())
 

@@ -338,7 +338,7 @@ def test_a_sample_is_crop_and_flip_of_the_whole_volume(case, tmp_path, what, siz
         expected, expected_target = data.random_flip(*crop, drawn)
         expected_seed = int(torch.randint(2**31, (), generator=drawn))    # the views' seed is drawn last
         for folder in (None, cache, cache):    # without a cache, into it in two epochs, out of it
-            sample, labels, seed, _ = train.Crops([(epoch, case)], size, 3, folder)[0]
+            sample, labels, seed, _ = train.draw_sample((epoch, case), size, 3, folder)
             assert sample.dtype == torch.float16 and torch.equal(sample, expected.half())
             assert labels.dtype == torch.uint8 and seed == expected_seed
             assert torch.equal(data.labels_to_regions(labels[0]), expected_target)

@@ -182,7 +182,7 @@ def test_two_ranks_log_what_one_process_computes(two_ranks, cohort):
     """Five cases on two ranks: three steps, the last with a case of the first; one case to validate."""
     (held_out,) = split_folds(find_cases(cohort), 6, 0)[0]
     order = train.epoch_order([case for case in find_cases(cohort) if case != held_out], 0, 0, world=2)
-    samples = train.Crops([(0, case) for case in order], (16, 16, 16), seed=0)
+    samples = [train.draw_sample((0, case), (16, 16, 16), seed=0) for case in order]
     views, sums = two_views(pool=4), torch.zeros(5)
     optimizer = torch.optim.AdamW(views.parameters(), weight_decay=1e-5)
     for step in range(3):
