@@ -203,11 +203,12 @@ NAMINGS = (
     Naming("Decathlon Task01_BrainTumour", ("imagesT[rs]/{}",) * 4, "labelsTr/{}", ((2,), (1,), (3,)), (),
            r"BRATS_\d+", (1, 2, 3, 0)),
 )
+TIME_POINT = r"(?<=-\d{5})-\d{3}$|(?<=^UCSF-PDGM-\d{4})_FU.*$|(?<=^UPENN-GBM-\d{5})_\d\d$"    # of a case
 
 
 class Case(NamedTuple):
     name: str        # BraTS2021_00000, BraTS-GLI-00000-000
-    patient: str     # the name without its time point
+    patient: str     # the name less its TIME_POINT
     images: tuple    # four paths: t1, t1ce, t2, flair, each where it should be
     label: Path      # or None
     naming: Naming
@@ -236,7 +237,7 @@ def choose_naming(root, paths, names, labels):
                          "of README's, or --names; python examples/phantom.py DIR makes a cohort")
     labels = labels or found[0].labels
     known = sum(labels, ())
-    if not labels or len({0, *known} & {*range(256)}) <= len(known):
+    if not labels or len({*known} & {*range(1, 256)}) < len(known):
         raise InputError(f"{root}: labels {labels or 'unknown'} of {found[0].cohort}, expected --labels, "
                          "different numbers up to 255 (BraTS-PED: 1 2 3 in 2023, 2,3 4 1 from 2024 on)")
     rest = tuple(label for label in found[0].background if label not in known)
@@ -271,7 +272,7 @@ def find_cases(root, names=None, labels=None):
             files |= {"seg": files.get("seg", odd[0])} if len(odd) == 1 else {}
         ends = [template.replace("\\", "").replace("{}", name).split("/")[-1] for template in naming.images]
         images = tuple(files.get(kind, place / f"{end}.nii.gz") for kind, end in zip(MODALITIES, ends))
-        patient = re.sub(r"(?<=-\d{5})-\d{3}$|_FU.*$|(?<=UPENN-GBM-\d{5})_\d\d$", "", name)
+        patient = re.sub(TIME_POINT, "", name)
         if set(files) != {"seg"}:
             cases.append(Case(name, patient, images, files.get("seg"), naming))
     return cases
@@ -288,7 +289,7 @@ def describe(cases):
 
 
 def split_folds(cases, folds=5, seed=0):
-    """The folds' validation lists, a partition of `cases`. All time points of a patient are in one fold.
+    """The folds' validation lists, a partition of `cases`. All cases of a patient are in one fold.
 
     Paper: "our own 5-fold splits", not published. Here: patients in the order of a hash of seed and name,
     dealt out in turn. Why: names and seed alone decide. Raises InputError for fewer patients than folds.
@@ -377,7 +378,8 @@ def doubts(image, affine):
     """What looks unsuitable in a case that can be read, a string each. image: (4, D, H, W) as stored."""
     sides = nib.affines.voxel_sizes(affine)
     filled = (image != 0).float().mean((1, 2, 3))    # (4,)
-    found = [f"{name} is zero almost nowhere, expected a background of zeros"
+    least = f"{MODALITIES[filled.argmin()]} in {filled.min():.0%}"
+    found = [f"{name} is not zero in {share:.0%} of the volume, {least}, expected zeros outside the brain"
              for name, share in zip(MODALITIES, filled) if share > 0.95 or share > 2 * filled.min()]
     if filled.min() * image[0].numel() * sides.prod() > 2.5e6:
         found.append("more than 2.5 litres are not zero, expected a brain without its skull")

@@ -32,7 +32,7 @@ def confidence(maps):
     above 0.5; NaN where a map has none.
     Paper: one score an image. Here: one a region. Why: WT would drown ET, and the heuristic is "not true
     when different models produce substantially different region sizes".
-    All functions here raise ValueError for NaN and other ranks.
+    This and the three functions below raise ValueError for NaN and other ranks.
     """
     _check(maps)
     scores = []
@@ -172,7 +172,7 @@ def main():
     except BrokenPipeError:    # a reader such as `head` has left
         os._exit(141)
     except (ValueError, OSError) as error:
-        text = f"{error.filename or args.out}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        text = f"{error.filename or 'output'}: {error.strerror}" if isinstance(error, OSError) else str(error)
         parser.exit(2, f"ensemble.py: error: {' '.join(text.split())}\n")
     except KeyboardInterrupt:
         sys.exit(130)

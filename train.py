@@ -125,7 +125,7 @@ def listed_folds(path, cases):
         folds[fold] += [case] if case else []
     here = sum(map(len, folds.values()))
     return folds, (f"{path}: {len(fold_of) - here} of its cases are not in --data, {len(by_name)} of --data "
-                   "are not in it")
+                   "are not in it and are left out")
 
 
 def divide(args):
@@ -138,17 +138,16 @@ def divide(args):
         lines.append(f"{len(cases) - len(labelled)} cases have no segmentation and are left out")
     if missing := [path for case in labelled for path in case.images if not path.exists()]:
         raise InputError(f"{missing[0]}: no such file, expected four modalities of every case to train on")
-    folds = {"all": []}
-    if args.fold != "all":
-        if args.fold_list:
-            folds, line = listed_folds(args.fold_list, labelled)
-            lines.append(line)
-            labelled = sorted(sum(folds.values(), []))
-        else:
-            folds = dict(enumerate(split_folds(labelled, args.folds, args.seed)))
-    folds = {str(fold): those for fold, those in folds.items() if those or fold == "all"}
+    folds = {}
+    if args.fold_list:
+        folds, line = listed_folds(args.fold_list, labelled)
+        lines.append(line)
+        labelled = sorted(sum(folds.values(), []))
+    elif args.fold != "all":
+        folds = dict(enumerate(split_folds(labelled, args.folds, args.seed)))
+    folds = {str(fold): those for fold, those in folds.items() if those} | {"all": []}
     if args.fold not in folds:
-        raise InputError(f"--fold {args.fold}: expected one of {', '.join(sorted(folds))}, or all")
+        raise InputError(f"--fold {args.fold}: expected one of {', '.join(folds)}")
     val_cases = folds[args.fold]
     train_cases = [case for case in labelled if case not in val_cases]
     if not train_cases:

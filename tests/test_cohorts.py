@@ -128,7 +128,8 @@ COHORTS = [    # patient and time point; where a case's files start, and how the
     ("BraTS-GoAT-00001", "", "{0}/{0}-", "t1n t1c t2w t2f seg"),
     ("UCSF-PDGM-0004", "", "{0}_nifti/{0}_", "T1 T1c T2 FLAIR tumor_segmentation"),
     ("UCSF-PDGM-0431", "_FU003d", "{0}_nifti/{0}_", "T1 T1c T2 FLAIR tumor_segmentation"),
-    ("UPENN-GBM-00002", "_21", "images_structural/{0}/{0}_", "T1 T1GD T2 FLAIR images_segm/{0}_segm")]
+    ("UPENN-GBM-00002", "_21", "images_structural/{0}/{0}_", "T1 T1GD T2 FLAIR images_segm/{0}_segm"),
+    ("Patient_FUJI_001", "", "{0}/{0}_", "t1 t1ce t2 flair seg")]    # not UCSF's follow-up
 
 
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
@@ -149,9 +150,11 @@ def test_a_published_data_list_is_followed(layouts, tmp_path, call):
     listed.write_text(json.dumps({"training": entries}))
     flags = "--data", layouts / "brats2021", "--fold-list", listed, "--fold", 4, "--out", tmp_path, *SMALL
     _, printed, _ = call("train.py", *flags, ok=0)
-    assert f"{listed}: 2 of its cases are not in --data, 1 of --data are not in it" in printed
-    last = torch.load(tmp_path / "last.pt", weights_only=True)
-    assert [[*map(number, last[names])] for names in ("train_cases", "val_cases")] == [[0], [2, 3]]
+    assert f"{listed}: 2 of its cases are not in --data, 1 of --data are not in it and are left" in printed
+    call("train.py", *flags, "--fold", "all", "--out", tmp_path / "all", ok=0)
+    for out, divided in (tmp_path, [[0], [2, 3]]), (tmp_path / "all", [[0, 2, 3], []]):
+        last = torch.load(out / "last.pt", weights_only=True)
+        assert [[*map(number, last[names])] for names in ("train_cases", "val_cases")] == divided
     for text in ("{", "[]", '{"training": [{"label": "a_seg.nii.gz"}]}', '{"training": [{"fold": 0}]}'):
         listed.write_text(text)
         assert f"error: --fold-list {listed}: " in call("train.py", *flags, ok=2)[2]
@@ -271,7 +274,7 @@ def test_unsuitable_cases_are_named_and_counted(layouts, networks, tmp_path, cal
     for path in (root / "BraTS2021_00003").iterdir():
         nib.save(nib.Nifti1Image(voxels(path), np.diag([-0.5, -0.5, 5, 1])), path)
     background, slices = re.findall("warning: (.*)", call("data.py", root, ok=0)[1])
-    assert re.search("BraTS2021_00001.*flair", background)
+    assert re.search(r"BraTS2021_00001: flair is not zero in 100% of the volume, t1 in \d\d%,", background)
     assert re.search("BraTS2021_00003.*0.5x0.5x5", slices)
     for line in (["infer.py", root, "--checkpoints", networks[0], "--out", tmp_path / "out"],
                  ["train.py", "--data", root, "--fold", "all", "--out", tmp_path, *SMALL, "--epochs", 2]):

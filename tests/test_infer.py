@@ -252,6 +252,8 @@ def test_held_out_and_flips_reach_the_networks(call, cohort, networks, tmp_path,
     maps = predict(mine["model"], normalize(load_case(case)[0]), (32, 32, 32), flips)
     assert np.array_equal(voxels(out / f"{case.name}.nii.gz"), regions_to_labels(maps > 0.5))
     assert scores_of(tmp_path / "out.csv")[case.name]["fold"] == str(fold)
+    _, _, error = call("infer.py", case.label.parent, "--score", out, ok=2)    # would lose the folds
+    assert f"{tmp_path / 'out.csv'}: is there" in error
 
 
 @pytest.mark.parametrize("there", ["another.nii.gz", "probabilities/another.nii.gz"])
