@@ -254,10 +254,10 @@ def find_cases(root, names=None, labels=None):
     def refuse(error):
         raise InputError(f"{error.filename}: {error.strerror}, expected a folder that can be listed")
 
-    volume, found, cases = re.compile(r".*/[^./][^/]*\.nii(\.gz)?"), {}, []
-    paths = [os.path.join(folder, name) for folder, folders, files in
-             os.walk(root, onerror=refuse, followlinks=True) if not volume.fullmatch(folder)
-             for name in files + folders]    # some archives unpack x.nii into a folder of that name: refused
+    volume, paths, found, cases = re.compile(r".*/[^./][^/]*\.nii(\.gz)?"), [], {}, []
+    for place, folders, files in os.walk(root, onerror=refuse, followlinks=True):
+        if not volume.fullmatch(place):    # some archives unpack x.nii into a folder x.nii: reading refuses it
+            paths += [os.path.join(place, name) for name in files + folders]
     paths = sorted(map(Path, filter(volume.fullmatch, paths)))
     naming = choose_naming(root, paths, names, labels)
     for kind, template in zip((*MODALITIES, "seg"), (*naming.images, naming.segmentation)):

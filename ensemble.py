@@ -113,7 +113,9 @@ def labels_of(name):
     """The labels of necrosis, oedema and enhancing tumour that a case's name tells."""
     if "-PED-" in name:
         raise ValueError(f"{name}: what BraTS-PED's labels mean depends on the year, expected --labels")
-    return (2, 1, 3) if name.startswith("BRATS_") else (1, 2, 3) if name.startswith("BraTS-") else (1, 2, 4)
+    if name.startswith("BRATS_"):    # Decathlon's
+        return 2, 1, 3
+    return (1, 2, 3) if name.startswith("BraTS-") else (1, 2, 4)
 
 
 def save_labels(path, regions, labels, like):

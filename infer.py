@@ -79,7 +79,7 @@ def predict(model, image, roi=(192, 192, 144), flips=False):
 
 
 def choose_window(image, crop):
-    """The `roi` for an image (4, D, H, W) and a network trained on `crop`: up to the brain and 192x192x144.
+    """The `roi` for an image (4, D, H, W): as large as the brain, at least `crop`, else at most 192x192x144.
 
     Why: a small window may hold no tumour. Eq. 4 has no gradient for such a crop, so no network learns to
     leave it empty, and instance norm scales up whatever it holds. For the paper's crop this changes nothing.

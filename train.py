@@ -87,7 +87,7 @@ def case_generator(seed, epoch, name):
 
 
 def draw_sample(turn, crop, seed, cache=None):
-    """A sample of (epoch, case): image (4, *crop) float16, labels (1, *crop) uint8, the views' seed, doubt.
+    """`turn`, (epoch, case) -> image (4, *crop) float16, labels (1, *crop) uint8, the views' seed, doubt.
 
     Where a file cannot be read: the error, returned since a reading process would wrap what it raises.
     """
