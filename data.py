@@ -256,7 +256,7 @@ def find_cases(root, names=None, labels=None):
 
     volume, paths, found, cases = re.compile(r".*/[^./][^/]*\.nii(\.gz)?"), [], {}, []
     for place, folders, files in os.walk(root, onerror=refuse, followlinks=True):
-        if not volume.fullmatch(place):    # some archives unpack x.nii into a folder x.nii: reading refuses it
+        if not volume.fullmatch(place):    # some archives have a folder x.nii, which reading refuses
             paths += [os.path.join(place, name) for name in files + folders]
     paths = sorted(map(Path, filter(volume.fullmatch, paths)))
     naming = choose_naming(root, paths, names, labels)
