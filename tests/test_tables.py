@@ -122,8 +122,8 @@ def test_the_sentences_say_what_the_scores_say(effect, words):
     assert found.count(f"changes mean Dice by {number} [{number}, {number}] (2 seeds): {words}.") == 2
 
 
-def test_a_folder_without_scores_is_named(run, tmp_path):
-    assert str(tmp_path / "scores.csv") in run("benchmarks/tables.py", tmp_path, ok=2).stderr.splitlines()[-1]
+def test_a_folder_without_scores_is_named(call, tmp_path):
+    assert str(tmp_path / "scores.csv") in call("tables.py", tmp_path, ok=2)[2].splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
