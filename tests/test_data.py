@@ -378,20 +378,12 @@ LPS = np.array([[math.cos(TURN), -math.sin(TURN), 0, 11], [math.sin(TURN), math.
 CODES = ["LPS", "RAS", "LAS", "SPL", "PIR", "IRA"]
 
 
-def stored_as(code, array):
-    """The anatomy of `array`, which is LPS, with axes that run as `code` says. By hand, without nibabel."""
-    axes = ["LPS".index({"R": "L", "A": "P", "I": "S"}.get(letter, letter)) for letter in code]
-    steps = [-1 if letter in "RAI" else 1 for letter in code]
-    to_lps = np.zeros((4, 4))    # voxel of the file -> voxel of `array`
-    to_lps[3, 3] = 1
-    for i, (axis, step) in enumerate(zip(axes, steps)):
-        to_lps[axis, i], to_lps[axis, 3] = step, array.shape[axis] - 1 if step < 0 else 0
-    assert "".join(nib.aff2axcodes(LPS @ to_lps)) == code
-    return array.transpose(*axes)[tuple(slice(None, None, step) for step in steps)], LPS @ to_lps
-
-
-def write(path, array, affine=LPS, sform=1, qform=1, slope=(None, None)):
-    image = nib.Nifti1Image(array, affine)
+def write(path, code, array, sform=1, qform=1, slope=(None, None)):
+    """The anatomy of `array`, which is LPS, into a file with axes that run as `code` says."""
+    turn = nib.orientations.ornt_transform(*map(nib.orientations.axcodes2ornt, ("LPS", code)))
+    image = nib.Nifti1Image(array, LPS).as_reoriented(turn)
+    affine = image.affine.copy()    # set_sform changes it
+    assert nib.aff2axcodes(affine) == tuple(code)
     image.set_sform(affine, sform)
     image.set_qform(affine, qform)
     image.header.set_xyzt_units("mm", "sec")
@@ -414,7 +406,7 @@ def test_an_anatomy_is_the_same_in_memory_from_any_file(tmp_path, codes, dtype):
     images, labels = anatomy()
     for suffix, volume, code in zip(("t1", "t1ce", "t2", "flair", "seg"), (*images, labels), codes):
         slope = (0.5, -7) if suffix == "t2" else (None, None)
-        write(tmp_path / f"a_{suffix}.nii.gz", *stored_as(code, volume.astype(dtype)), slope=slope)
+        write(tmp_path / f"a_{suffix}.nii.gz", code, volume.astype(dtype), slope=slope)
     image, target, affine = load_case(find_cases(tmp_path)[0])
     assert image.dtype == torch.float32 and np.array_equal(image[[0, 1, 3]].numpy(), images[[0, 1, 3]])
     assert np.array_equal(image[2].numpy(), 0.5 * images[2] - 7)
@@ -428,7 +420,7 @@ def test_an_anatomy_is_the_same_in_memory_from_any_file(tmp_path, codes, dtype):
     *[(code, ".nii.gz", 1, 1) for code in CODES],
     ("RAS", ".nii", 2, 1), ("SPL", ".nii.gz", 0, 1), ("LPS", ".nii.gz", 4, 0)])
 def test_a_saved_volume_lies_where_its_voxels_were(tmp_path, code, ending, sform, qform, what):
-    like = write(tmp_path / f"like{ending}", *stored_as(code, anatomy()[0][0]), sform, qform, slope=(2, 10))
+    like = write(tmp_path / f"like{ending}", code, anatomy()[0][0], sform, qform, slope=(2, 10))
     volume = anatomy()[1] if what == "labels" else np.random.default_rng(2).random((3, *SHAPE), np.float32)
     save_volume(tmp_path / "out.nii.gz", volume, like)
 
