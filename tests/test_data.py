@@ -76,31 +76,20 @@ def coordinates(shape):
     return image, image[:3] % 2 == 1
 
 
-def test_a_crop_is_a_box_and_every_place_is_reached():
-    image, target = coordinates((6, 5, 4))
-    corners = []
+@pytest.mark.parametrize("shape, size, margins, places", [
+    ((6, 5, 4), (4, 4, 4), [(0, 0)] * 4, [*product(range(3), range(2), [0])]),
+    # Of three and four slices that a small volume lacks, half are zeros in front.
+    ((3, 9, 4), (6, 4, 8), [(0, 0), (1, 2), (0, 0), (2, 2)], [*product([0], range(6), [0])])])
+def test_a_crop_is_a_box_and_every_place_is_reached(shape, size, margins, places):
+    volumes, corners = coordinates(shape), []
     for seed in range(600):
-        crop, crop_target = data.random_crop(image, target, (4, 4, 4), generator(seed))
-        d, h, w = (int(start) - 1 for start in crop[:3, 0, 0, 0])
-        assert torch.equal(crop, image[:, d:d + 4, h:h + 4, w:w + 4])
-        assert torch.equal(crop_target, target[:, d:d + 4, h:h + 4, w:w + 4])
-        corners.append((d, h, w))
-    counts = [corners.count(corner) for corner in product(range(3), range(2), range(1))]
+        crops = data.random_crop(*volumes, size, generator(seed))
+        corners.append(tuple(int(place[place > 0].min()) - 1 for place in crops[0][:3]))
+        box = slice(None), *(slice(first, first + side) for first, side in zip(corners[-1], size))
+        for whole, crop in zip(volumes, crops):
+            assert np.array_equal(crop, np.pad(whole, margins)[box]) and crop.dtype == whole.dtype
+    counts = [corners.count(corner) for corner in places]
     assert sum(counts) == 600 and min(counts) > 60, counts    # 100 each, sd 9
-
-
-def test_a_small_volume_is_padded_with_zeros_on_both_sides():
-    image, target = coordinates((3, 9, 4))    # padded along the first and last axis, cut along the second
-    starts = set()
-    for seed in range(60):
-        crop, crop_target = data.random_crop(image, target, (6, 4, 8), generator(seed))
-        start = int(crop[1].max()) - 4
-        for whole, cut in ((image, crop), (target, crop_target)):
-            margins = ((0, 0), (1, 2), (0, 0), (2, 2))    # of three and four missing slices half in front
-            assert np.array_equal(cut, np.pad(whole[:, :, start:start + 4], margins))
-            assert cut.dtype == whole.dtype
-        starts.add(start)
-    assert starts == set(range(6))
 
 
 def test_each_axis_is_flipped_half_of_the_time_by_itself():

@@ -74,13 +74,10 @@ def test_the_network_runs_the_rows_of_table_1():
     assert ran == expected
 
 
-@pytest.mark.parametrize("arguments, expected", [
-    ({}, 18_791_907),    # the paper's, with 32 filters
-    ({"filters": 8}, 1_175_163), ({"filters": 16, "norm": "instance_affine"}, 4_702_227),
-    ({"filters": 32, "norm": "group"}, 18_798_627)])
-def test_number_of_parameters(arguments, expected):
+@pytest.mark.parametrize("norm, expected", [("instance", 18_791_907), ("group", 18_798_627)])    # the first the paper's
+def test_number_of_parameters(norm, expected):
     with torch.device("meta"):
-        assert sum(p.numel() for p in SegResNet(**arguments).parameters()) == expected
+        assert sum(p.numel() for p in SegResNet(norm=norm).parameters()) == expected
 
 
 @pytest.mark.parametrize("norm, filters, sides", [

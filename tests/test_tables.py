@@ -52,6 +52,12 @@ def rows_of(values, **constant):
             for (seed, case), value in values.items()]
 
 
+def scores_of(arms):
+    """{arm: {(seed, case): Dice}} -> rows of scores.csv"""
+    about = {"cohort": "real", "cases": "40", "condition": "as trained"}
+    return [row for arm, values in arms.items() for row in rows_of(values, arm=arm, **about)]
+
+
 def test_pairs_are_what_both_arms_have():
     without = rows_of({("0", "a"): 0.5, ("0", "b"): 0.7, ("1", "b"): 0.1, ("3", "a"): 0.1}, cohort="easy")
     without += rows_of({("0", "a"): 0.9}, cohort="hard")    # its partner was never trained
@@ -74,9 +80,8 @@ def test_conditions_are_paired_before_they_are_averaged():
 def test_variants_stand_beside_the_term_of_their_own_seeds():
     trained = {"without": {("0", "a"): 0.25, ("1", "a"): 0.25}, "with": {("0", "a"): 0.5, ("1", "a"): 0.9},
                "weight 1": {("0", "a"): 0.75}}    # seed 1 has no variants
-    rows = [row for arm, values in trained.items()
-            for row in rows_of(values, arm=arm, cohort="hard", cases="60", condition="as trained")]
-    *_, with_term, weight = tables.variants([tables.Study("", 1, rows, [], [])]).splitlines()
+    study = tables.Study("", 1, scores_of(trained), [], [])
+    *_, with_term, weight = tables.variants([study]).splitlines()
     assert re.findall(r"(\S+) \[", with_term) == ["+0.2500"]
     assert re.findall(r"(\S+) \[", weight) == ["+0.2500", "+0.5000"]
 
@@ -112,13 +117,11 @@ WORDS = {0.125: "better, as far as 2 seeds tell", -0.125: "worse, as far as 2 se
 @pytest.mark.parametrize("effect, words", WORDS.items())
 def test_the_sentences_say_what_the_scores_say(effect, words):
     values = {(seed, case): i / 8 for i, (seed, case) in enumerate(itertools.product("01", "abc"))}
-    changed, about = {key: value + effect for key, value in values.items()}, {"cohort": "real", "cases": "10"}
-    scores = [row for arm, those in (("without", values), ("with", changed))
-              for row in rows_of(those, arm=arm, condition="as trained", **about)]
-    merged = [row for way, those in (("mean", values), ("top N/2 by confidence", changed))
-              for row in rows_of(those, way=way, maps="5 maps")]
-    found = " ".join(tables.in_short([tables.Study("cases", 3, scores, [], merged)]).split())
-    number = f"{effect:+.4f}"
+    changed = {key: value + effect for key, value in values.items()}
+    merged = rows_of(values, way="mean", maps="5 maps")
+    merged += rows_of(changed, way="top N/2 by confidence", maps="5 maps")
+    study = tables.Study("cases", 3, scores_of({"without": values, "with": changed}), [], merged)
+    found, number = " ".join(tables.in_short([study]).split()), f"{effect:+.4f}"
     assert found.count(f"changes mean Dice by {number} [{number}, {number}] (2 seeds): {words}.") == 2
 
 
