@@ -48,15 +48,16 @@ def test_shares_of_cases_by_trait():    # sd 0.022, 0.007, 0.011; as many to the
     assert abs(side) < 0.1 and abs(enhancing - 0.9) < 0.03 and abs(lookalike - 1 / 3) < 0.05
 
 
+def otsu(values):
+    """The threshold with the largest variance between the two classes (Otsu 1979), to a percentile."""
+    def variance(level):
+        above = values > level
+        return above.mean() * (~above).mean() * (values[above].mean() - values[~above].mean()) ** 2
+    return max(np.percentile(values, range(1, 100)), key=variance)
+
+
 def test_one_threshold_does_not_solve_it(twelve):
-    def variance(level):    # between the classes: Otsu's threshold (1979) has the largest
-        above = brain > level
-        return above.mean() * (~above).mean() * (brain[above].mean() - brain[~above].mean()) ** 2
-    scores = []
-    for (*_, flair), labels in twelve:
-        brain = flair[flair > 0]
-        predicted = flair > max(np.percentile(brain, range(1, 100)), key=variance)
-        scores.append(dice(predicted, labels > 0))
+    scores = [dice(flair > otsu(flair[flair > 0]), labels > 0) for (*_, flair), labels in twelve]
     assert 0.1 < np.mean(scores) < 0.6, scores  # nor is FLAIR without any trace of it
 
 

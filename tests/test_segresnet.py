@@ -74,9 +74,9 @@ def test_the_network_runs_the_rows_of_table_1():
     assert ran == expected
 
 
-@pytest.mark.parametrize("norm, expected", [("instance", 18_791_907), ("group", 18_798_627)])    # the first the paper's
+@pytest.mark.parametrize("norm, expected", [("instance", 18_791_907), ("group", 18_798_627)])
 def test_number_of_parameters(norm, expected):
-    with torch.device("meta"):
+    with torch.device("meta"):    # the paper's 32 filters
         assert sum(p.numel() for p in SegResNet(norm=norm).parameters()) == expected
 
 
