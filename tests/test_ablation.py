@@ -23,9 +23,6 @@ def seven(call, tmp_path_factory):
     return folder
 
 
-# ---- arms --------------------------------------------------------------------------------------------------
-
-
 def test_with_is_trained_as_train_py_trains(call, seven, tmp_path):
     call("train.py", "--data", seven, "--fold", "all", "--epochs", 2, "--crop", *QUICK.crop, "--filters", 8,
          "--pool", 4, "--dim", 16, "--lr", 5e-3, "--seed", 3, "--workers", 0, "--out", tmp_path, ok=0)
@@ -65,9 +62,6 @@ def test_uncentred_is_equation_2_to_the_letter():
     with patch.object(*arms(QUICK)["uncentred"].instead):
         invariance, redundancy = train.barlow_twins_terms(z_a, z_b)
     assert (invariance.item(), redundancy.item()) == pytest.approx(((1 - 8 / 80**0.5) ** 2, 0))
-
-
-# ---- cases -------------------------------------------------------------------------------------------------
 
 
 def test_56_patients_are_16_held_out_and_40_or_10():
@@ -111,9 +105,6 @@ def test_perturbations_do_what_they_say_to_the_brain():
         most, inside = before.max(), (before != 0) & (before < before.max())
         power = torch.log(after[inside] / most) / torch.log(before[inside] / most)
         assert power.std() < 0.01 and 4 < max(power.mean(), 1 / power.mean()) < 5
-
-
-# ---- the command -------------------------------------------------------------------------------------------
 
 
 def test_the_whole_study_in_miniature(run, call, seven, tmp_path):

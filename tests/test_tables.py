@@ -15,9 +15,6 @@ import tables  # noqa: E402
 RESULTS, README = (page.read_text(encoding="utf-8") for page in tables.PAGES)
 
 
-# ---- intervals ---------------------------------------------------------------------------------------------
-
-
 def looped(values, draws=4000):
     """The bootstrap as one would say it: draw seeds, draw cases, take the mean of what is known."""
     rng = np.random.default_rng(7)
@@ -43,9 +40,6 @@ def test_interval_of_seeds_plus_cases_has_the_closed_form():
     assert (low - mean, high - mean) == pytest.approx((-1.96 * sd, 1.96 * sd), abs=0.06 * sd)
 
 
-# ---- pairs -------------------------------------------------------------------------------------------------
-
-
 def rows_of(values, **constant):
     """{(seed, case): Dice} -> rows of scores.csv and of ensembles.csv, the same Dice for every region"""
     return [{"seed": seed, "case": case, **constant, **dict.fromkeys([*tables.DICE, "dice"], str(value))}
@@ -58,23 +52,16 @@ def scores_of(arms):
     return [row for arm, values in arms.items() for row in rows_of(values, arm=arm, **about)]
 
 
-def test_pairs_are_what_both_arms_have():
-    without = rows_of({("0", "a"): 0.5, ("0", "b"): 0.7, ("1", "b"): 0.1, ("3", "a"): 0.1}, cohort="easy")
-    without += rows_of({("0", "a"): 0.9}, cohort="hard")    # its partner was never trained
-    with_term = rows_of({("0", "a"): 0.6, ("0", "b"): 0.6, ("1", "b"): 0.4, ("2", "a"): 0.2}, cohort="easy")
+def test_what_both_arms_have_is_paired_before_it_is_averaged():
+    noise, contrast = {"cohort": "easy", "condition": "noise"}, {"cohort": "easy", "condition": "contrast"}
+    without = rows_of({("0", "a"): 0.5, ("0", "b"): 0.7, ("1", "b"): 0.1, ("3", "a"): 0.1}, **noise)
+    with_term = rows_of({("0", "a"): 0.6, ("0", "b"): 0.6, ("1", "b"): 0.4, ("2", "a"): 0.2}, **noise)
+    without += rows_of({("0", "a"): 0.3, ("0", "b"): 0.9}, **contrast)
+    with_term += rows_of({("0", "a"): 0.8}, **contrast)    # and of b none
+    without += rows_of({("0", "a"): 0.9}, cohort="hard", condition="noise")    # its partner was never trained
     pair = tables.paired(without, with_term, tables.DICE)
-    expected = np.array([[[0.5, 0.7], [np.nan, 0.1]], [[0.6, 0.6], [np.nan, 0.4]]])
+    expected = np.array([[[0.4, 0.7], [np.nan, 0.1]], [[0.7, 0.6], [np.nan, 0.4]]])
     assert pair == pytest.approx(expected, nan_ok=True)
-
-
-def test_conditions_are_paired_before_they_are_averaged():
-    without, with_term = (
-        rows_of({("0", "a"): first}, condition="noise") + rows_of({("0", "a"): second}, condition="contrast")
-        for first, second in ((0.2, 0.4), (0.3, 0.8)))
-    one, other = tables.paired(without, with_term, tables.DICE)
-    assert other - one == pytest.approx(np.array([[(0.1 + 0.4) / 2]]))
-    one, other = tables.paired(without, with_term[:1], tables.DICE)    # one arm lacks the contrast
-    assert other - one == pytest.approx(np.array([[0.1]]))
 
 
 def test_variants_stand_beside_the_term_of_their_own_seeds():
@@ -84,9 +71,6 @@ def test_variants_stand_beside_the_term_of_their_own_seeds():
     *_, with_term, weight = tables.variants([study]).splitlines()
     assert re.findall(r"(\S+) \[", with_term) == ["+0.2500"]
     assert re.findall(r"(\S+) \[", weight) == ["+0.2500", "+0.5000"]
-
-
-# ---- ranks -------------------------------------------------------------------------------------------------
 
 
 def test_ranks_of_maps_by_hand():
@@ -106,9 +90,6 @@ def test_a_networks_level_hides_how_it_ranks_cases():
     assert list(tables.ranks(groups).values()) == pytest.approx([-1, -1, -1])
     assert list(tables.ranks(tables.without_usual(groups)).values()) == pytest.approx([1, 1, 1])
     assert tables.usual_rho(groups) == "-1.00"
-
-
-# ---- the pages, and the command ----------------------------------------------------------------------------
 
 
 WORDS = {0.125: "better, as far as 2 seeds tell", -0.125: "worse, as far as 2 seeds tell", 0: "not shown"}
