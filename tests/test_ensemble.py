@@ -169,7 +169,7 @@ def tumour():
 @pytest.mark.parametrize("case, order, words", [
     *[("case", order, "expected ET, TC, WT") for order in ([1, 2, 0], [2, 1, 0], [0, 2, 1], [1, 0, 2])],
     ("BraTS-PED-00002-000", [0, 1, 2], "--labels")])    # MONAI's order: TC, WT, ET
-def test_another_order_and_labels_that_nothing_tells_are_refused(tmp_path, merge, case, order, words):
+def test_another_order_and_unknown_labels_are_refused(tmp_path, merge, case, order, words):
     write_map(tmp_path / "a" / f"{case}.nii.gz", tumour()[order])
     code, error = merge(tmp_path / "a")
     assert code == 2 and f"{case}.nii.gz" in error and words in error
