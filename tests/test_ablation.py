@@ -1,7 +1,6 @@
 """The ablation: what its arms change, who is held out, cases made smaller, and all of it in miniature."""
 
 import sys
-from argparse import Namespace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -17,24 +16,18 @@ from ablation import QUICK, Run, arms, data, infer, tables, train
 
 
 @pytest.fixture(scope="module")
-def seven(run, tmp_path_factory):
+def seven(call, tmp_path_factory):
     """The folder of as few cases as a study can have, 32x32x32."""
-    folder = tmp_path_factory.mktemp("ablation") / "seven"
-    run("examples/phantom.py", folder, "--cases", 7, "--shape", 32, 32, 32, ok=0)
+    folder = tmp_path_factory.mktemp("seven")
+    call("phantom.py", folder, "--cases", 7, "--shape", 32, 32, 32, ok=0)
     return folder
 
 
-# ---- arms --------------------------------------------------------------------------------------------------
-
-
-def test_with_is_trained_as_train_py_trains(run, seven, tmp_path):
-    run("train.py", "--data", seven, "--fold", "all", "--epochs", 2, "--crop", *QUICK.crop, "--filters", 8,
-        "--pool", 4, "--dim", 16, "--lr", 5e-3, "--seed", 3, "--workers", 0, "--out", tmp_path, ok=0)
+def test_with_is_trained_as_train_py_trains(call, seven, tmp_path):
+    call("train.py", "--data", seven, "--fold", "all", "--epochs", 2, "--crop", *QUICK.crop, "--filters", 8,
+         "--pool", 4, "--dim", 16, "--lr", 5e-3, "--seed", 3, "--workers", 0, "--out", tmp_path, ok=0)
     theirs = torch.load(tmp_path / "last.pt", weights_only=True)["views"]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)    # as the command had
     views = ablation.fit(Run("", 7, "with", 3), QUICK._replace(steps=14), data.find_cases(seven), None)
-    torch.set_num_threads(threads)
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in views.state_dict().items())
 
 
@@ -71,9 +64,6 @@ def test_uncentred_is_equation_2_to_the_letter():
     assert (invariance.item(), redundancy.item()) == pytest.approx(((1 - 8 / 80**0.5) ** 2, 0))
 
 
-# ---- cases -------------------------------------------------------------------------------------------------
-
-
 def test_56_patients_are_16_held_out_and_40_or_10():
     names = [f"BraTS-GLI-{i:05}-00{time}" for i in range(56) for time in range(2)]
     cases = [data.Case(name, name[:-4], (), Path(name), None) for name in names]
@@ -91,8 +81,8 @@ def test_56_patients_are_16_held_out_and_40_or_10():
 def test_a_case_made_smaller_by_hand():
     image, target = torch.zeros(4, 5, 2, 2), torch.zeros(3, 5, 2, 2, dtype=torch.bool)
     image[0, :2] = torch.arange(1.0, 9).view(2, 2, 2)
-    image[0, 2] = torch.tensor([[10, 20], [30, 40]])    # half of a block
-    image[1, 2] = torch.tensor([[10, 20], [30, 0]])     # less
+    image[:2, 2] = torch.tensor([[10, 20], [30, 40]])   # half of a block
+    image[1, 2, 1, 1] = 0                               # less
     image[0, 4] = torch.tensor([[1, 2], [3, 6]])        # at the border, where half of a block is missing
     target[2, :2] = True
     target[1].view(-1)[:5] = True                       # five of eight
@@ -117,13 +107,11 @@ def test_perturbations_do_what_they_say_to_the_brain():
         assert power.std() < 0.01 and 4 < max(power.mean(), 1 / power.mean()) < 5
 
 
-# ---- the command -------------------------------------------------------------------------------------------
-
-
-def test_the_whole_study_in_miniature(run, seven, tmp_path):
-    study = "benchmarks/ablation.py", "--data", seven, "--quick", "--out", tmp_path
-    done = run(*study, ok=0).stdout
+def test_the_whole_study_in_miniature(run, call, seven, tmp_path):
+    study = "--data", seven, "--quick", "--out", tmp_path
+    done = run("benchmarks/ablation.py", *study, ok=0).stdout
     assert "21 networks, 21 to do" in done and "\nanswers\n" in done and "\nterm, noise\n" in done
+    assert done.endswith(run("benchmarks/tables.py", tmp_path, ok=0).stdout)
     scores = (tmp_path / "scores.csv").read_bytes()
     rows = tables.read(tmp_path / "scores.csv")
     row, _ = tables.of(rows, cases="2", arm="with", seed="1", condition="as trained")
@@ -139,8 +127,6 @@ def test_the_whole_study_in_miniature(run, seven, tmp_path):
         labels = data.regions_to_labels(infer.predict(network, data.normalize(image), QUICK.crop) > 0.5)
     found = [float(row[column]) for column in infer.COLUMNS]
     assert found == pytest.approx(infer.score(labels, truth, (4, 4, 4)), rel=1e-3)
-    assert run(*study, ok=0).stdout.count(" 0 to do") == 2
+    assert run("benchmarks/ablation.py", *study, ok=0).stdout.count(" 0 to do") == 2
     assert (tmp_path / "scores.csv").read_bytes() == scores
-    other = Namespace(data=seven, names=None, labels=None, scale=2, quick=True, out=tmp_path)
-    with pytest.raises(data.InputError, match="--scale 4"):
-        ablation.make_cohorts(other, None)
+    assert "--scale 4" in call("ablation.py", *study, "--scale", 2, ok=2)[2]

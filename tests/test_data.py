@@ -13,8 +13,9 @@ import torch
 from scipy import ndimage
 
 import data
+import phantom
 import train
-from conftest import TINIER
+from conftest import TINIER, voxels
 from data import InputError, find_cases, load_case, prepare, save_volume, split_folds
 
 SHAPE = (5, 6, 7)
@@ -50,11 +51,10 @@ def test_normalize_is_the_z_score_of_nonzero_voxels():
 def test_normalize_is_the_same_on_any_number_of_threads():
     image = 300 * torch.randn(4, 64, 96, 96, generator=generator(0)) + 500    # long enough to be shared out
     threads, results = torch.get_num_threads(), []
-    for number in (1, 2, 5):
+    for number in (1, 2, 5, threads):
         torch.set_num_threads(number)
         results.append(data.normalize(image))
-    torch.set_num_threads(threads)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 @pytest.mark.parametrize("constant", [0.0, 7.0, 1000.1])
@@ -76,31 +76,20 @@ def coordinates(shape):
     return image, image[:3] % 2 == 1
 
 
-def test_a_crop_is_a_box_and_every_place_is_reached():
-    image, target = coordinates((6, 5, 4))
-    corners = []
+@pytest.mark.parametrize("shape, size, margins, places", [
+    ((6, 5, 4), (4, 4, 4), [(0, 0)] * 4, [*product(range(3), range(2), [0])]),
+    # Of three and four slices that a small volume lacks, half are zeros in front.
+    ((3, 9, 4), (6, 4, 8), [(0, 0), (1, 2), (0, 0), (2, 2)], [*product([0], range(6), [0])])])
+def test_a_crop_is_a_box_and_every_place_is_reached(shape, size, margins, places):
+    volumes, corners = coordinates(shape), []
     for seed in range(600):
-        crop, crop_target = data.random_crop(image, target, (4, 4, 4), generator(seed))
-        d, h, w = (int(start) - 1 for start in crop[:3, 0, 0, 0])
-        assert torch.equal(crop, image[:, d:d + 4, h:h + 4, w:w + 4])
-        assert torch.equal(crop_target, target[:, d:d + 4, h:h + 4, w:w + 4])
-        corners.append((d, h, w))
-    counts = [corners.count(corner) for corner in product(range(3), range(2), range(1))]
+        crops = data.random_crop(*volumes, size, generator(seed))
+        corners.append(tuple(int(place[place > 0].min()) - 1 for place in crops[0][:3]))
+        box = slice(None), *(slice(first, first + side) for first, side in zip(corners[-1], size))
+        for whole, crop in zip(volumes, crops):
+            assert np.array_equal(crop, np.pad(whole, margins)[box]) and crop.dtype == whole.dtype
+    counts = [corners.count(corner) for corner in places]
     assert sum(counts) == 600 and min(counts) > 60, counts    # 100 each, sd 9
-
-
-def test_a_small_volume_is_padded_with_zeros_on_both_sides():
-    image, target = coordinates((3, 9, 4))    # padded along the first and last axis, cut along the second
-    starts = set()
-    for seed in range(60):
-        crop, crop_target = data.random_crop(image, target, (6, 4, 8), generator(seed))
-        start = int(crop[1].max()) - 4
-        for whole, cut in ((image, crop), (target, crop_target)):
-            margins = ((0, 0), (1, 2), (0, 0), (2, 2))    # of three and four missing slices half in front
-            assert np.array_equal(cut, np.pad(whole[:, :, start:start + 4], margins))
-            assert cut.dtype == whole.dtype
-        starts.add(start)
-    assert starts == set(range(6))
 
 
 def test_each_axis_is_flipped_half_of_the_time_by_itself():
@@ -151,14 +140,12 @@ def test_affine_is_that_of_scipy(shape):
         offset = centre - matrix @ centre
         expected = ndimage.affine_transform(texture, matrix, offset, order=1, mode="grid-constant")
         assert np.allclose(image[3], expected, atol=1e-3)
-        # The nearest voxel of the mask, by hand; voxels that lie between two are either's.
+        # Of the mask the nearest voxel; those that lie between two are either's.
         source = np.tensordot(matrix, centred_grid(shape), 1) + centre.reshape(3, 1, 1, 1)
         clear = np.all(np.abs(source - np.floor(source) - 0.5) > 1e-3, axis=0)
-        nearest = np.floor(source + 0.5).astype(int)
-        within = np.all([(0 <= i) & (i < n) for i, n in zip(nearest, shape)], axis=0)
-        i, j, k = (np.clip(i, 0, n - 1) for i, n in zip(nearest, shape))
-        assert clear.mean() > 0.9
-        assert np.array_equal(target[:, clear], (mask[:, i, j, k] & within)[:, clear])
+        nearest = np.stack([ndimage.affine_transform(region, matrix, offset, order=0, mode="grid-constant")
+                            for region in mask])
+        assert clear.mean() > 0.9 and np.array_equal(target[:, clear], nearest[:, clear])
 
 
 def test_affine_is_a_rotation_and_a_scale_in_their_ranges():
@@ -266,37 +253,33 @@ def test_labels_and_regions_by_hand(et):
 # ---- section 4: "our own 5-fold splits" -------------------------------------------------------------------
 
 
-def cases_named(names):
-    return [data.Case(name, name[:5], (f"{name}_t1",) * 4, None, data.NAMINGS[0]) for name in names]
+def folds_of(names, *settings):
+    """The folds' names of cases that are called so; a patient is the first five letters."""
+    cases = [data.Case(name, name[:5], (f"{name}_t1",) * 4, None, data.NAMINGS[0]) for name in names]
+    return [sorted(case.name for case in fold) for fold in split_folds(cases, *settings)]
 
 
 # 23 patients with one to three time points each
-COHORT = cases_named([f"{n:05d}-{time:03d}" for n in range(23) for time in range(1 + n % 3)])
+COHORT = [f"{n:05d}-{time:03d}" for n in range(23) for time in range(1 + n % 3)]
 
 
 @pytest.mark.parametrize("folds", [2, 5, 23])
 def test_folds_are_a_balanced_partition_by_patient(folds):
-    split = split_folds(COHORT, folds)
+    split = folds_of(COHORT, folds)
     assert len(split) == folds and sorted(sum(split, [])) == COHORT
-    patients = [len({case.patient for case in fold}) for fold in split]
+    patients = [len({name[:5] for name in fold}) for fold in split]
     assert sum(patients) == 23, "a patient is in two folds"
     assert max(patients) - min(patients) <= 1
     with pytest.raises(InputError, match="--folds 24.* 23 patients"):    # of 45 time points
-        split_folds(COHORT, 24)
-
-
-def fold_names(cases, **settings):
-    return [sorted(case.name for case in fold) for fold in split_folds(cases, **settings)]
+        folds_of(COHORT, 24)
 
 
 def test_folds_depend_on_names_and_seed_alone():
-    shuffled = random.Random(0).sample(COHORT, len(COHORT))
-    np.random.seed(1), torch.manual_seed(1), random.seed(1)
-    assert fold_names([case._replace(label="there") for case in shuffled]) == fold_names(COHORT)
-    assert len({str(fold_names(COHORT, seed=seed)) for seed in range(10)}) == 10, "two seeds, the same folds"
+    assert folds_of(random.Random(0).sample(COHORT, len(COHORT))) == folds_of(COHORT)
+    assert len({str(folds_of(COHORT, 5, seed)) for seed in range(10)}) == 10, "two seeds, the same folds"
     # The order of `printf "0 P$i" | sha256sum` for i = 0 to 9 is 1 8 5 7 9 0 6 2 4 3, dealt out in turn.
     expected = [["P0", "P1"], ["P6", "P8"], ["P2", "P5"], ["P4", "P7"], ["P3", "P9"]]
-    assert fold_names(cases_named([f"P{i}" for i in range(10)])) == expected
+    assert folds_of([f"P{i}" for i in range(10)]) == expected
 
 
 # ---- a sample: the functions above in section 3.4's order, with and without the cache ---------------------
@@ -309,64 +292,53 @@ def case(cohort, tmp_path):
     return find_cases(tmp_path / "data")[0]
 
 
-def change_voxels(path, where, value):
-    image = nib.load(path)
-    volume = np.asarray(image.dataobj).copy()
-    volume[where] = value
-    nib.save(nib.Nifti1Image(volume, image.affine, image.header), path)
+FAR = np.max(np.indices((32, 32, 32)), 0) > 14    # all but a corner of the brain
 
 
-@pytest.mark.parametrize("what, size", [
-    ("smaller than the brain", (16, 16, 16)), ("longer along some axes", (24, 32, 16)),
-    ("larger than the volume", (40, 32, 48)), ("a brain that reaches two corners", (24, 32, 16)),
-    ("a brain that some miss", (8, 8, 8)), ("labels beyond the brain", (32, 32, 32))])
-def test_a_sample_is_crop_and_flip_of_the_whole_volume(case, tmp_path, what, size):
-    cache, filled = tmp_path / "cache", []
+@pytest.mark.parametrize("size, changes", [    # which file, where, to what
+    ((16, 16, 16), []), ((24, 32, 16), []), ((40, 32, 48), []),    # also beyond the brain, and the volume
+    ((24, 32, 16), [(1, (0, 0, 31), 500), (3, (31, 31, 0), 500)]),    # a brain that reaches two corners
+    ((8, 8, 8), [(file, FAR, 0) for file in range(5)]),               # one that some crops miss
+    ((32, 32, 32), [(4, (31, 31, 0), 2)])])                           # labels beyond it
+def test_a_sample_is_crop_and_flip_of_the_whole_volume(case, tmp_path, size, changes):
+    cache, filled = tmp_path / "cache", set()
     cache.mkdir()
-    if what == "a brain that reaches two corners":
-        change_voxels(case.images[1], (0, 0, 31), 500)
-        change_voxels(case.images[3], (31, 31, 0), 500)
-    if what == "a brain that some miss":
-        for path in (*case.images, case.label):    # all that is left is a corner of it
-            change_voxels(path, np.max(np.indices((32, 32, 32)), 0) > 14, 0)
-    if what == "labels beyond the brain":
-        change_voxels(case.label, (31, 31, 0), 2)
+    for file, where, value in changes:
+        path = (*case.images, case.label)[file]
+        volume = voxels(path).copy()
+        volume[where] = value
+        phantom.save(path, volume)
     image, target, _ = load_case(case)
     for epoch in range(8):
         drawn = train.case_generator(3, epoch, case.name)
         crop = data.random_crop(data.normalize(image), target, size, drawn)
         expected, expected_target = data.random_flip(*crop, drawn)
         expected_seed = int(torch.randint(2**31, (), generator=drawn))    # the views' seed is drawn last
-        for folder in (None, cache, cache):    # without a cache, into it in two epochs, out of it
+        for folder in (None, cache, cache):    # without a cache, into it, out of it
             sample, labels, seed, _ = train.draw_sample((epoch, case), size, 3, folder)
             assert sample.dtype == torch.float16 and torch.equal(sample, expected.half())
             assert labels.dtype == torch.uint8 and seed == expected_seed
             assert torch.equal(data.labels_to_regions(labels[0]), expected_target)
-        filled.append(bool(sample.any()))
-        if epoch == 0:
-            next(cache.iterdir()).unlink()
-    assert all(filled) if what != "a brain that some miss" else set(filled) == {False, True}
+        filled.add(bool(sample.any()))
+    assert filled == ({False, True} if size == (8, 8, 8) else {True})
 
 
 # ---- the cache --------------------------------------------------------------------------------------------
 
 
 def test_other_sources_and_other_labels_are_other_entries(cohort, case, tmp_path, monkeypatch):
-    cache = tmp_path / "cache"
-    cache.mkdir()
-    first = prepare(case, cache)
+    first = prepare(case, tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(data, "load_case", None)    # nothing is read again
-        assert torch.equal(prepare(case, cache)["image"], first["image"])
-    prepare(find_cases(cohort)[2], cache)    # a case of the same name elsewhere
-    assert len(list(cache.iterdir())) == 2
+        assert torch.equal(prepare(case, tmp_path)["image"], first["image"])
+    prepare(find_cases(cohort)[2], tmp_path)    # a case of the same name elsewhere
     shutil.copy(case.images[1], case.images[0])    # another content, another time
-    changed = prepare(case, cache)
-    assert torch.equal(changed["image"][0], changed["image"][1]) and len(list(cache.iterdir())) == 3
+    changed = prepare(case, tmp_path)
+    assert torch.equal(changed["image"][0], changed["image"][1])
     (swapped,) = find_cases(tmp_path / "data", labels=((2,), (1,), (4,)))
-    swapped = prepare(swapped, cache)["labels"]
+    swapped = prepare(swapped, tmp_path)["labels"]
     assert torch.equal(swapped == 1, first["labels"] == 2) and torch.equal(swapped == 2, first["labels"] == 1)
-    assert len(list(cache.iterdir())) == 4
+    assert len(list(tmp_path.glob("*.pt"))) == 4
 
 
 def test_two_runs_may_fill_one_entry_at_once(case, tmp_path):
@@ -395,27 +367,17 @@ LPS = np.array([[math.cos(TURN), -math.sin(TURN), 0, 11], [math.sin(TURN), math.
 CODES = ["LPS", "RAS", "LAS", "SPL", "PIR", "IRA"]
 
 
-def stored_as(code, array):
-    """The anatomy of `array`, which is LPS, with axes that run as `code` says. By hand, without nibabel."""
-    axes = ["LPS".index({"R": "L", "A": "P", "I": "S"}.get(letter, letter)) for letter in code]
-    steps = [-1 if letter in "RAI" else 1 for letter in code]
-    to_lps = np.zeros((4, 4))    # voxel of the file -> voxel of `array`
-    to_lps[3, 3] = 1
-    for i, (axis, step) in enumerate(zip(axes, steps)):
-        to_lps[axis, i], to_lps[axis, 3] = step, array.shape[axis] - 1 if step < 0 else 0
-    assert "".join(nib.aff2axcodes(LPS @ to_lps)) == code
-    return array.transpose(*axes)[tuple(slice(None, None, step) for step in steps)], LPS @ to_lps
-
-
-def write(path, array, affine=LPS, sform=1, qform=1, slope=None):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = nib.Nifti1Image(array, affine)
+def write(path, code, array, sform=1, qform=1, slope=(None, None)):
+    """The anatomy of `array`, which is LPS, into a file with axes that run as `code` says."""
+    turn = nib.orientations.ornt_transform(*map(nib.orientations.axcodes2ornt, ("LPS", code)))
+    image = nib.Nifti1Image(array, LPS).as_reoriented(turn)
+    affine = image.affine.copy()    # set_sform changes it
+    assert nib.aff2axcodes(affine) == tuple(code)
     image.set_sform(affine, sform)
     image.set_qform(affine, qform)
     image.header.set_xyzt_units("mm", "sec")
     image.header["cal_max"] = 3000
-    if slope:
-        image.header.set_slope_inter(*slope)
+    image.header.set_slope_inter(*slope)
     nib.save(image, path)
     return path
 
@@ -432,8 +394,8 @@ def anatomy():
 def test_an_anatomy_is_the_same_in_memory_from_any_file(tmp_path, codes, dtype):
     images, labels = anatomy()
     for suffix, volume, code in zip(("t1", "t1ce", "t2", "flair", "seg"), (*images, labels), codes):
-        slope = (0.5, -7) if suffix == "t2" else None
-        write(tmp_path / f"a_{suffix}.nii.gz", *stored_as(code, volume.astype(dtype)), slope=slope)
+        slope = (0.5, -7) if suffix == "t2" else (None, None)
+        write(tmp_path / f"a_{suffix}.nii.gz", code, volume.astype(dtype), slope=slope)
     image, target, affine = load_case(find_cases(tmp_path)[0])
     assert image.dtype == torch.float32 and np.array_equal(image[[0, 1, 3]].numpy(), images[[0, 1, 3]])
     assert np.array_equal(image[2].numpy(), 0.5 * images[2] - 7)
@@ -447,7 +409,7 @@ def test_an_anatomy_is_the_same_in_memory_from_any_file(tmp_path, codes, dtype):
     *[(code, ".nii.gz", 1, 1) for code in CODES],
     ("RAS", ".nii", 2, 1), ("SPL", ".nii.gz", 0, 1), ("LPS", ".nii.gz", 4, 0)])
 def test_a_saved_volume_lies_where_its_voxels_were(tmp_path, code, ending, sform, qform, what):
-    like = write(tmp_path / f"like{ending}", *stored_as(code, anatomy()[0][0]), sform, qform, slope=(2, 10))
+    like = write(tmp_path / f"like{ending}", code, anatomy()[0][0], sform, qform, slope=(2, 10))
     volume = anatomy()[1] if what == "labels" else np.random.default_rng(2).random((3, *SHAPE), np.float32)
     save_volume(tmp_path / "out.nii.gz", volume, like)
 
@@ -459,8 +421,8 @@ def test_a_saved_volume_lies_where_its_voxels_were(tmp_path, code, ending, sform
         assert saved.header[field] == like.header[field]
     assert saved.header["cal_max"] == 0, "labels shown from 0 to 3000 are black"
     # Every voxel of the file, by way of the world, must hold what the volume in memory has at that place.
-    voxels = np.indices(saved.shape[:3]).reshape(3, -1)
-    world = saved.affine @ np.vstack([voxels, np.ones_like(voxels[:1])])
+    places = np.indices(saved.shape[:3]).reshape(3, -1)
+    world = saved.affine @ np.vstack([places, np.ones_like(places[:1])])
     d, h, w = (np.linalg.inv(LPS) @ world)[:3].round(1).astype(int)
     in_memory = np.moveaxis(volume, 0, -1) if what == "maps" else volume
-    assert np.array_equal(array[tuple(voxels)], in_memory[d, h, w])
+    assert np.array_equal(array[tuple(places)], in_memory[d, h, w])

@@ -1,6 +1,6 @@
 """The ablation's intervals against a loop and a closed form, pairs and ranks by hand, pages against CSVs."""
 
-import csv
+import itertools
 import re
 import sys
 
@@ -15,9 +15,6 @@ import tables  # noqa: E402
 RESULTS, README = (page.read_text(encoding="utf-8") for page in tables.PAGES)
 
 
-# ---- intervals ---------------------------------------------------------------------------------------------
-
-
 def looped(values, draws=4000):
     """The bootstrap as one would say it: draw seeds, draw cases, take the mean of what is known."""
     rng = np.random.default_rng(7)
@@ -25,11 +22,10 @@ def looped(values, draws=4000):
     return np.percentile([np.nanmean(values[np.ix_(*which)]) for which in drawn], (2.5, 97.5))
 
 
-@pytest.mark.parametrize("unknown", [0, 30])
-def test_interval_is_that_of_a_plain_loop(unknown):
+def test_interval_with_gaps_is_that_of_a_plain_loop():
     rng = np.random.default_rng(1)
     values = 0.3 * rng.standard_normal((5, 1)) + rng.standard_normal((1, 40)) + rng.standard_normal((5, 40))
-    values.flat[rng.choice(200, unknown, replace=False)] = np.nan
+    values.flat[rng.choice(200, 30, replace=False)] = np.nan
     mean, low, high = tables.interval(values)
     assert mean == pytest.approx(np.nanmean(values))
     assert (low, high) == pytest.approx(looped(values), abs=0.05 * (high - low))
@@ -44,54 +40,37 @@ def test_interval_of_seeds_plus_cases_has_the_closed_form():
     assert (low - mean, high - mean) == pytest.approx((-1.96 * sd, 1.96 * sd), abs=0.06 * sd)
 
 
-def test_seeds_are_not_averaged_away_by_cases():
-    by_seed = np.array([[0.0], [1.0]])    # one draw in four is the first seed twice
-    assert tables.interval(by_seed) == tables.interval(np.repeat(by_seed, 1000, 1)) == (0.5, 0, 1)
-
-
-# ---- pairs -------------------------------------------------------------------------------------------------
-
-
 def rows_of(values, **constant):
-    """{(seed, case): Dice} -> rows of scores.csv, the same Dice for every region"""
-    return [{"seed": seed, "case": case, **constant, **dict.fromkeys(tables.DICE, str(value))}
+    """{(seed, case): Dice} -> rows of scores.csv and of ensembles.csv, the same Dice for every region"""
+    return [{"seed": seed, "case": case, **constant, **dict.fromkeys([*tables.DICE, "dice"], str(value))}
             for (seed, case), value in values.items()]
 
 
-def test_pairs_are_what_both_arms_have():
-    without = rows_of({("0", "a"): 0.5, ("0", "b"): 0.7, ("1", "a"): 0.1}, cohort="easy")
-    without += rows_of({("0", "a"): 0.9}, cohort="hard")    # its partner was never trained
-    with_term = rows_of({("0", "a"): 0.6, ("0", "b"): 0.6, ("2", "a"): 0.2}, cohort="easy")
+def scores_of(arms):
+    """{arm: {(seed, case): Dice}} -> rows of scores.csv"""
+    about = {"cohort": "real", "cases": "40", "condition": "as trained"}
+    return [row for arm, values in arms.items() for row in rows_of(values, arm=arm, **about)]
+
+
+def test_what_both_arms_have_is_paired_before_it_is_averaged():
+    noise, contrast = {"cohort": "easy", "condition": "noise"}, {"cohort": "easy", "condition": "contrast"}
+    without = rows_of({("0", "a"): 0.5, ("0", "b"): 0.7, ("1", "b"): 0.1, ("3", "a"): 0.1}, **noise)
+    with_term = rows_of({("0", "a"): 0.6, ("0", "b"): 0.6, ("1", "b"): 0.4, ("2", "a"): 0.2}, **noise)
+    without += rows_of({("0", "a"): 0.3, ("0", "b"): 0.9}, **contrast)
+    with_term += rows_of({("0", "a"): 0.8}, **contrast)    # and of b none
+    without += rows_of({("0", "a"): 0.9}, cohort="hard", condition="noise")    # its partner was never trained
     pair = tables.paired(without, with_term, tables.DICE)
-    assert pair == pytest.approx(np.array([[[0.5, 0.7]], [[0.6, 0.6]]]))
-
-
-def test_conditions_are_paired_before_they_are_averaged():
-    without, with_term = (
-        rows_of({("0", "a"): first}, condition="noise") + rows_of({("0", "a"): second}, condition="contrast")
-        for first, second in ((0.2, 0.4), (0.3, 0.8)))
-    one, other = tables.paired(without, with_term, tables.DICE)
-    assert other - one == pytest.approx(np.array([[(0.1 + 0.4) / 2]]))
-    one, other = tables.paired(without, with_term[:1], tables.DICE)    # one arm lacks the contrast
-    assert other - one == pytest.approx(np.array([[0.1]]))
+    expected = np.array([[[0.4, 0.7], [np.nan, 0.1]], [[0.7, 0.6], [np.nan, 0.4]]])
+    assert pair == pytest.approx(expected, nan_ok=True)
 
 
 def test_variants_stand_beside_the_term_of_their_own_seeds():
     trained = {"without": {("0", "a"): 0.25, ("1", "a"): 0.25}, "with": {("0", "a"): 0.5, ("1", "a"): 0.9},
                "weight 1": {("0", "a"): 0.75}}    # seed 1 has no variants
-    rows = [row for arm, values in trained.items()
-            for row in rows_of(values, arm=arm, cohort="hard", cases="60", condition="as trained")]
-    *_, with_term, weight = tables.variants([tables.Study("", 1, rows, [], [])]).splitlines()
+    study = tables.Study("", 1, scores_of(trained), [], [])
+    *_, with_term, weight = tables.variants([study]).splitlines()
     assert re.findall(r"(\S+) \[", with_term) == ["+0.2500"]
     assert re.findall(r"(\S+) \[", weight) == ["+0.2500", "+0.5000"]
-
-
-def test_a_seed_without_a_case_leaves_a_gap():
-    values = tables.grid({("0", "a"): 1.0, ("0", "b", "x"): 2.0, ("0", "b", "y"): 4.0, ("1", "b"): 5.0})
-    assert np.array_equal(values, [[1, 3], [np.nan, 5]], equal_nan=True)
-
-
-# ---- ranks -------------------------------------------------------------------------------------------------
 
 
 def test_ranks_of_maps_by_hand():
@@ -113,50 +92,22 @@ def test_a_networks_level_hides_how_it_ranks_cases():
     assert tables.usual_rho(groups) == "-1.00"
 
 
-# ---- the command, and the pages ----------------------------------------------------------------------------
-
-
-def write_study(folder, effect):
-    """The three CSVs of a study in which the term, and merging by confidence, add `effect` to every Dice."""
-    rng = np.random.default_rng(4)
-    rows = {"scores": [], "ensembles": [], "maps": []}
-    for seed, case in [(seed, case) for seed in range(2) for case in "abc"]:
-        about = {"cohort": "BraTS", "cases": 10, "seed": seed, "case": case}
-        for condition in tables.POOLED["all four"]:
-            values = rng.uniform(0.2, 0.8, 6)
-            for arm, shift in (("without", 0), ("with", effect)):
-                tested = {"arm": arm, "fold": -1, "condition": condition, "effective_rank": 1}
-                tested |= zip(tables.DICE + tables.HD95, values + shift)
-                rows["scores"].append({**about, **tested})
-        for region in tables.REGIONS:
-            about["region"] = region
-            for maps in ("5 maps", "40 maps"):
-                for way in ("mean", "top N/2 by confidence", "best single"):
-                    dice = 0.5 + (way != "mean") * effect
-                    rows["ensembles"].append({**about, "maps": maps, "way": way, "dice": dice})
-            for model in range(5):
-                of_map = {"dice": rng.random(), "confidence": rng.random(), "voxels": 10 + model, "truth": 10}
-                rows["maps"].append({**about, "model": model, "flip": 0, **of_map})
-    for name, these in rows.items():
-        with open(folder / f"{name}.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, these[0])
-            writer.writeheader()
-            writer.writerows(these)
-
-
 WORDS = {0.125: "better, as far as 2 seeds tell", -0.125: "worse, as far as 2 seeds tell", 0: "not shown"}
 
 
 @pytest.mark.parametrize("effect, words", WORDS.items())
-def test_the_command_says_what_the_scores_say(run, tmp_path, effect, words):
-    write_study(tmp_path, effect)
-    output = " ".join(run("benchmarks/tables.py", tmp_path, ok=0).stdout.split())
-    number = f"{effect:+.4f}"
-    assert output.count(f"changes mean Dice by {number} [{number}, {number}] (2 seeds): {words}.") == 2
+def test_the_sentences_say_what_the_scores_say(effect, words):
+    values = {(seed, case): i / 8 for i, (seed, case) in enumerate(itertools.product("01", "abc"))}
+    changed = {key: value + effect for key, value in values.items()}
+    merged = rows_of(values, way="mean", maps="5 maps")
+    merged += rows_of(changed, way="top N/2 by confidence", maps="5 maps")
+    study = tables.Study("cases", 3, scores_of({"without": values, "with": changed}), [], merged)
+    found, number = " ".join(tables.in_short([study]).split()), f"{effect:+.4f}"
+    assert found.count(f"changes mean Dice by {number} [{number}, {number}] (2 seeds): {words}.") == 2
 
 
-def test_a_folder_without_scores_is_named(run, tmp_path):
-    assert str(tmp_path / "scores.csv") in run("benchmarks/tables.py", tmp_path, ok=2).stderr.splitlines()[-1]
+def test_a_folder_without_scores_is_named(call, tmp_path):
+    assert str(tmp_path / "scores.csv") in call("tables.py", tmp_path, ok=2)[2].splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
