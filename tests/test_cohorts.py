@@ -289,6 +289,8 @@ def test_unlabelled_cases_are_left_out_of_training_and_said(layouts, networks, t
     assert "2 cases have no segmentation and are left out" in call("train.py", *flags, ok=0)[1]
     last = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert last["train_cases"] == ["BRATS_000", "BRATS_001", "BRATS_002", "BRATS_003"]
+    assert last["val_cases"] == [] and last["log"][0]["dice_wt"] == ""
+    assert sorted(os.listdir(tmp_path / "run")) == ["last.pt", "log.csv"]    # no best.pt
     call("infer.py", root / "imagesTs", "--checkpoints", networks[0], "--out", tmp_path / "out", ok=0)
     assert sorted(os.listdir(tmp_path / "out")) == ["BRATS_005.nii.gz", "BRATS_006.nii.gz"]
 
