@@ -17,13 +17,14 @@ import torch
 from torch.utils.data import DataLoader
 
 import train
+from benchmarks.torture import same
 from conftest import REPO, TINIER, free_port
 from data import find_cases, run_command, split_folds
 
 # three cases to train on: 3 steps an epoch on one process, 2 on two; three to validate after epochs 2 and 3
 SMALL = [*TINIER, "--folds", 2, "--epochs", 3, "--lr", "1e-3", "--validate-every", 2]    # and no readers
-FORKS = multiprocessing.get_context("forkserver")    # has PyTorch loaded: a run starts in a tenth of a second
-FORKS.set_forkserver_preload(["train"])
+FORKS = multiprocessing.get_context("forkserver")    # has train.py loaded: a run starts in a tenth of a second
+FORKS.set_forkserver_preload(["benchmarks.torture"])
 
 
 def command(arguments, environment, log, change):
@@ -84,16 +85,6 @@ def alone(cohort, tmp_path_factory):
         started = start(folders[world], "--data", cohort, "--cache", "none", world=world)
         assert ended(folders[world], started)[0] == [0] * world
     return folders
-
-
-def same(found, expected):
-    """Whether every tensor, number and string is equal, but for the log's seconds."""
-    if isinstance(expected, dict):
-        return list(found) == list(expected) and all(
-            same(found[k], v) for k, v in expected.items() if k != "seconds")
-    if isinstance(expected, (list, tuple)):
-        return len(found) == len(expected) and all(map(same, found, expected))
-    return torch.equal(found, expected) if isinstance(expected, torch.Tensor) else found == expected
 
 
 def assert_ends_like(out, alone):
@@ -157,10 +148,6 @@ def test_stopped_while_it_saves_it_ends_equal(alone, cohort, tmp_path, change, c
     assert_ends_like(out, alone[1])
 
 
-def children(pid):
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 @pytest.mark.parametrize("agents", [1, 2])
 def test_torchrun_starts_a_killed_rank_again(alone, cohort, tmp_path, agents):
     """Two agents on the loopback, one rank each, stand for two machines."""
@@ -174,7 +161,8 @@ def test_torchrun_starts_a_killed_rank_again(alone, cohort, tmp_path, agents):
         started = [subprocess.Popen([sys.executable, *map(str, [*torchrun, *arguments])], env=environment,
                                     stdout=file, stderr=file) for _ in range(agents)]
     wait_for(out / "last.pt")
-    rank = children(started[-1].pid)[-1]
+    agent = started[-1].pid
+    rank = int(Path(f"/proc/{agent}/task/{agent}/children").read_text().split()[-1])
     environment = Path(f"/proc/{rank}/environ").read_text().split("\0")    # from which a run without is told
     assert {"TORCHELASTIC_MAX_RESTARTS=1", "TORCHELASTIC_USE_AGENT_STORE=False"} <= {*environment}
     os.kill(rank, signal.SIGKILL)
@@ -214,11 +202,6 @@ def test_ranks_that_see_different_folders_refuse(alone, cohort, tmp_path):
 # ---- interrupted, stuck -----------------------------------------------------------------------------------
 
 
-def processes_of(session):
-    stats = [path.read_text() for path in Path("/proc").glob("[0-9]*/stat") if path.exists()]
-    return [stat for stat in stats if stat.split(")")[-1].split()[3] == str(session)]
-
-
 def test_ctrl_c_leaves_quietly(cohort, tmp_path):
     started = start(tmp_path / "out", "--data", cohort, "--workers", 1, "--epochs", 1000)    # not over before
     wait_for(tmp_path / "out" / "last.pt")
@@ -252,7 +235,8 @@ def test_a_reader_without_hope_ends_the_run(cohort, tmp_path, change, words):
     codes, output = ended(tmp_path / "out", started)
     assert codes == [2]
     assert_one_line(output, *words)
-    assert not processes_of(started[0].pid)
+    with pytest.raises(ProcessLookupError):    # no reader is left in its group
+        os.killpg(started[0].pid, 0)
 
 
 # ---- examples/slurm.sh ------------------------------------------------------------------------------------
