@@ -1,4 +1,4 @@
-"""What the tests share: running a command, a synthetic cohort, a checkpoint trained on it, the real cases."""
+"""What the tests share: running a command, a synthetic cohort, checkpoints of networks for it."""
 
 import csv
 import gzip
@@ -27,7 +27,7 @@ TINIER = [*TINY, *"--crop 16 16 16 --pool 4".split()]
 
 @pytest.fixture(scope="session")
 def run():
-    def run_script(*command, cwd=REPO, ok=None, stdout=subprocess.PIPE):
+    def run_script(*command, ok=None, stdout=subprocess.PIPE):
         """Runs `python script argument ...` -> its CompletedProcess, stdout and stderr as text.
 
         script: as seen from the repository's root, an absolute path, or an option of python's such as "-m".
@@ -39,7 +39,7 @@ def run():
         unset = ("PYTHONPATH", "PYTHONUNBUFFERED", "RANK", "WORLD_SIZE", "LOCAL_RANK")
         environment = {name: value for name, value in os.environ.items() if name not in unset}
         environment["OMP_NUM_THREADS"] = "1"
-        process = subprocess.run([sys.executable, script, *arguments], cwd=cwd, env=environment, timeout=600,
+        process = subprocess.run([sys.executable, script, *arguments], cwd=REPO, env=environment, timeout=600,
                                  stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE,
                                  encoding="utf-8")
         output = f"\n{process.stdout}\n{process.stderr}"
@@ -126,11 +126,3 @@ def networks(checkpoint, tmp_path_factory):
         torch.save(content, paths[-1])
         content |= {"train_cases": content["val_cases"], "val_cases": content["train_cases"]}
     return paths
-
-
-@pytest.fixture(scope="session")
-def real_case():
-    """The folder of real BraTS cases, one or more, that the environment variable BRATS_DATA names."""
-    if not os.environ.get("BRATS_DATA"):
-        pytest.skip("BRATS_DATA names no folder of real cases")
-    return Path(os.environ["BRATS_DATA"])

@@ -23,7 +23,7 @@ from data import find_cases, run_command, split_folds
 
 # three cases to train on: 3 steps an epoch on one process, 2 on two; three to validate after epochs 2 and 3
 SMALL = [*TINIER, "--folds", 2, "--epochs", 3, "--lr", "1e-3", "--validate-every", 2]    # and no readers
-FORKS = multiprocessing.get_context("forkserver")    # has train.py loaded: a run starts in a tenth of a second
+FORKS = multiprocessing.get_context("forkserver")    # has train.py loaded: a start takes 0.1 s
 FORKS.set_forkserver_preload(["benchmarks.torture"])
 
 

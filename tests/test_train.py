@@ -13,8 +13,7 @@ import infer
 import train
 from barlow import Projector
 from conftest import TINIER, TINY, read_rows
-from data import (augment, find_cases, labels_to_regions, load_case, normalize, regions_to_labels,
-                  split_folds)
+from data import augment, find_cases, split_folds
 from segresnet import SegResNet
 
 FLOAT32 = torch.autocast("cpu", enabled=False)
@@ -27,25 +26,17 @@ def two_views(pool=8):
     return train.TwoViews(SegResNet(filters=8), Projector(8, 4, pool))
 
 
-def sample(number):
-    """A cropped case: image (4, 32, 32, 16) float16, labels (1, 32, 32, 16) uint8, the seed of its views."""
-    generator = torch.Generator().manual_seed(number)
-    image = torch.randn(4, 32, 32, 16, generator=generator).half()
-    labels = torch.randint(5, (1, 32, 32, 16), generator=generator, dtype=torch.uint8)
-    labels[labels == 3] = 0
-    image[:, :4] = labels[:, :4] = 0    # background
-    return image, labels, number
-
-
 # ---- section 3.1 ------------------------------------------------------------------------------------------
 
 
 def test_the_step_is_the_papers_equations_one_by_one():
-    views, (image, labels, seed) = two_views(), sample(0)
-    found = train.compute_losses(views, image, labels, seed, 0.25, 0.005, FLOAT32)
+    views, image = two_views(), torch.randn(4, 32, 32, 16).half()
+    labels = torch.tensor([0, 1, 2, 4], dtype=torch.uint8)[torch.randint(4, (1, 32, 32, 16))]
+    image[:, :4] = labels[:, :4] = 0    # background
+    found = train.compute_losses(views, image, labels, 7, 0.25, 0.005, FLOAT32)
 
     x, y = torch.stack([image, image]).float(), torch.stack([labels, labels])    # "we copy it"
-    x, y = augment(x, y, torch.Generator().manual_seed(seed))
+    x, y = augment(x, y, torch.Generator().manual_seed(7))
     assert not torch.equal(x[0], x[1]) and not torch.equal(y[0], y[1])
     p_true = torch.cat([y == 4, (y == 4) | (y == 1), y > 0], 1).float()    # ET, TC, WT
     p_pred = torch.sigmoid(views.network(x))
@@ -102,16 +93,10 @@ def test_an_epoch_is_every_case_once_then_the_first_again(n, world):
 # ---- the command ------------------------------------------------------------------------------------------
 
 
-def mean_dice(checkpoint, cases):
-    """[ET, TC, WT] of best.pt or last.pt on whole cases, each painted as a segmentation."""
-    loaded, scores = infer.load_checkpoint(checkpoint), []
-    model, crop = loaded["model"], loaded["settings"]["crop"]
-    for case in cases:
-        image, target, _ = load_case(case)
-        window = infer.choose_window(image, crop)
-        painted = regions_to_labels(infer.predict(model, normalize(image), window) > 0.5)
-        scores.append([infer.dice(p, t) for p, t in zip(labels_to_regions(painted), target)])
-    return torch.tensor(scores).mean(0).tolist()
+def dice_alone(checkpoint, cases):
+    """[ET, TC, WT] of one process; test_end_to_end.py's for infer.py are the same."""
+    loaded, cpu = infer.load_checkpoint(checkpoint), torch.device("cpu")
+    return train.validate(loaded["model"], cases, loaded["settings"]["crop"], FLOAT32, 0, 1, cpu)
 
 
 def test_the_logs_arithmetic_and_what_checkpoints_hold(cohort, checkpoint):
@@ -121,7 +106,7 @@ def test_the_logs_arithmetic_and_what_checkpoints_hold(cohort, checkpoint):
     assert value["barlow"] == pytest.approx(value["invariance"] + value["redundancy"], rel=1e-4)
     assert value["loss"] == pytest.approx(value["dice_loss"] + value["barlow"] / 4, rel=1e-4)    # 1/dim
     held_out = split_folds(find_cases(cohort), 2, 0)[0]
-    dices = mean_dice(checkpoint, held_out)
+    dices = dice_alone(checkpoint, held_out)
     assert [value[f"dice_{region}"] for region in ("et", "tc", "wt")] == pytest.approx(dices, abs=1e-5)
     assert value["dice_mean"] == pytest.approx(sum(dices) / 3, abs=1e-5)
 
@@ -158,7 +143,7 @@ def test_two_ranks_are_the_mean_of_both_in_one_process(run, cohort, tmp_path):
     trained = torch.load(tmp_path / "out/last.pt", weights_only=True)["views"]
     for name, weight in views.state_dict().items():
         assert (trained[name] - weight).abs().mean() < 1e-5, name    # three steps are up to 3e-3
-    dices = mean_dice(tmp_path / "out/last.pt", [held_out])
+    dices = dice_alone(tmp_path / "out/last.pt", [held_out])
     assert [float(row[f"dice_{region}"]) for region in ("et", "tc", "wt")] == pytest.approx(dices, abs=1e-5)
 
 
