@@ -196,6 +196,7 @@ GLI, UCSF, UPENN = "BraTS-GLI-00001-000", "UCSF-PDGM-0004_", "UPENN-GBM-00002_11
     (f"{HERE}t1ce.nii", [FAMOUS, f"{CASE[:-1]}/old_Segm.nii"], None),
     (f"{CASE}t1ce.nii", ["brain_mask_seg.nii.gz"], None), (f"{CASE}t1ce.nii", ["aparc+aseg.nii.gz"], None),
     (f"{GLI}/{GLI}-t1c.nii.gz", [f"{GLI}/{ODD}"], None),
+    ("imagesTs/BRATS_005.nii.gz", ["imagesTs/BRATS_005_seg.nii.gz"], None),
     (f"{UCSF}T1c.nii", [f"{UCSF}brain_segmentation.nii"], None),
     (f"{UCSF}T1c.nii", [f"{UCSF}T1c_bias.nii", f"{UCSF}tumor_segmentation.nii"], 1),
     (f"images_structural/{UPENN}T1GD.nii", [f"automated_segm/{UPENN}segm.nii"], None),
@@ -241,35 +242,29 @@ def test_what_looks_unsuitable_is_doubted(side, sides, background, found):
     assert len(doubts) == len(found) and all(word in doubt for word, doubt in zip(found, doubts))
 
 
-def test_unsuitable_cases_are_named_and_counted(layouts, networks, tmp_path, call):
-    root = shutil.copytree(layouts / "brats2021", tmp_path / "cohort")
+def test_unsuitable_and_unlabelled_cases_are_said(layouts, networks, tmp_path, call):
+    root, run, out = (tmp_path / name for name in ("cohort", "run", "out"))
+    shutil.copytree(layouts / "brats2021", root)
     flair = root / "BraTS2021_00001" / "BraTS2021_00001_flair.nii.gz"
     nib.save(nib.Nifti1Image(np.maximum(voxels(flair), 7), nib.load(flair).affine), flair)
     for path in (root / "BraTS2021_00003").iterdir():
         nib.save(nib.Nifti1Image(voxels(path), np.diag([-0.5, -0.5, 5, 1])), path)
-    background, slices = re.findall("warning: (.*)", call("data.py", root, ok=0)[1])
+    (root / "BraTS2021_00002" / "BraTS2021_00002_seg.nii.gz").unlink()
+    checked, trained, predicted = (call(*line, ok=0)[1] for line in (
+        ["data.py", root], ["train.py", "--data", root, "--fold", "all", "--out", run, *SMALL, "--epochs", 2],
+        ["infer.py", root, "--checkpoints", networks[0], "--out", out]))
+    background, slices = re.findall("warning: (.*)", checked)
     assert re.search("BraTS2021_00001.*flair", background)
     assert re.search("BraTS2021_00003.*0.5x0.5x5", slices)
-    for line in (["infer.py", root, "--checkpoints", networks[0], "--out", tmp_path / "out"],
-                 ["train.py", "--data", root, "--fold", "all", "--out", tmp_path, *SMALL, "--epochs", 2]):
-        (warning,) = re.findall("warning: (.*unsuitable.*)", call(*line, ok=0)[1])
+    for printed in (trained, predicted):
+        (warning,) = re.findall("warning: (.*unsuitable.*)", printed)
         assert warning.startswith("2 cases look") and "data.py" in warning
-
-
-def test_unlabelled_cases_are_left_out_of_training_and_said(layouts, networks, tmp_path, call):
-    root = shutil.copytree(layouts / "decathlon", tmp_path / "cohort")
-    (root / "imagesTs").mkdir()
-    for i in (5, 6):
-        shutil.copy(root / "imagesTr" / "BRATS_000.nii.gz", root / "imagesTs" / f"BRATS_00{i}.nii.gz")
-    assert "2 cases have no segmentation" in call("data.py", root, ok=0)[1]
-    flags = "--data", root, "--fold", "all", "--out", tmp_path / "run", *SMALL
-    assert "2 cases have no segmentation and are left out" in call("train.py", *flags, ok=0)[1]
-    last = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
-    assert last["train_cases"] == ["BRATS_000", "BRATS_001", "BRATS_002", "BRATS_003"]
+    assert "1 cases have no segmentation: BraTS2021_00002" in checked and len(os.listdir(out)) == 4
+    assert "1 cases have no segmentation and are left out" in trained
+    last = torch.load(run / "last.pt", weights_only=True)
+    assert last["train_cases"] == ["BraTS2021_00000", "BraTS2021_00001", "BraTS2021_00003"]
     assert last["val_cases"] == [] and last["log"][0]["dice_wt"] == ""
-    assert sorted(os.listdir(tmp_path / "run")) == ["last.pt", "log.csv"]    # no best.pt
-    call("infer.py", root / "imagesTs", "--checkpoints", networks[0], "--out", tmp_path / "out", ok=0)
-    assert sorted(os.listdir(tmp_path / "out")) == ["BRATS_005.nii.gz", "BRATS_006.nii.gz"]
+    assert sorted(os.listdir(run)) == ["last.pt", "log.csv"]    # no best.pt
 
 
 def test_three_channels_where_four_belong_are_refused(layouts, tmp_path):
