@@ -1,4 +1,4 @@
-"""infer.py: Dice and HD95, prediction by windows, the tables, checkpoints, the command."""
+"""infer.py: Dice and HD95, prediction by windows, the table, the command."""
 
 import itertools
 
@@ -191,14 +191,9 @@ def predicted(call, cohorts, networks, tmp_path_factory):
     return out
 
 
-def scores_of(path):
-    """{case: its row} of a table."""
-    return {row["case"]: row for row in read_rows(path)}
-
-
 def test_the_command_writes_what_predict_and_score_give(predicted, cohorts, networks):
-    model, rows = load_checkpoint(networks[0])["model"], scores_of(predicted.with_name("out.csv"))
-    for case in (*find_cases(cohorts[0]), *find_cases(cohorts[1])):
+    model, rows = load_checkpoint(networks[0])["model"], read_rows(predicted.with_name("out.csv"))
+    for case, row in zip((*find_cases(cohorts[0]), *find_cases(cohorts[1])), rows, strict=True):
         image, target, _ = load_case(case)
         maps = predict(model, normalize(image), (32, 32, 32))
         labels, path = regions_to_labels(maps > 0.5), predicted / f"{case.name}.nii.gz"
@@ -208,8 +203,8 @@ def test_the_command_writes_what_predict_and_score_give(predicted, cohorts, netw
         for channel in range(3):
             written, _ = read_volume(predicted / "probabilities" / path.name, channel)
             assert written.dtype == np.float32 and np.abs(written - maps[channel].numpy()).max() < 1e-6
-        scores = [float(rows[case.name][column]) for column in infer.COLUMNS]
-        assert scores == pytest.approx(score(labels, target, (1, 1, 1)), rel=1e-5)
+        scores, expected = [float(row[column]) for column in infer.COLUMNS], score(labels, target, (1, 1, 1))
+        assert row["case"] == case.name and scores == pytest.approx(expected, rel=1e-5)
 
 
 def test_two_ranks_share_the_cases_and_give_the_same_table(run, predicted, cohorts, networks, tmp_path):
@@ -227,7 +222,7 @@ def test_held_out_and_flips_reach_the_networks(call, cohort, networks, tmp_path)
     assert "trained on" not in printed
     maps = predict(mine["model"], normalize(load_case(case)[0]), (32, 32, 32), flips=True)
     assert np.array_equal(voxels(tmp_path / f"out/{case.name}.nii.gz"), regions_to_labels(maps > 0.5))
-    assert scores_of(tmp_path / "out.csv")[case.name]["fold"] == "1"
+    assert [row["fold"] for row in read_rows(tmp_path / "out.csv")] == ["1"]
 
 
 @pytest.mark.parametrize("there", ["another.nii.gz", "probabilities/another.nii.gz"])
