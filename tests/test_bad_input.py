@@ -343,7 +343,7 @@ def test_a_full_disk_leaves_nothing_torn(call, places, tmp_path, monkeypatch, li
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     assert is_one_line(result, script, tmp_path / named, "File too large")
-    left = [name for name in files(tmp_path) if name != "out/log.csv"]    # that was small enough, before last.pt
+    left = [name for name in files(tmp_path) if name != "out/log.csv"]    # small enough
     assert left == ["scored/BraTS2021_00000.nii.gz"]
 
 
