@@ -1,4 +1,4 @@
-"""What the tests share: running a command, a synthetic cohort, a checkpoint trained on it, the real cases."""
+"""What the tests share: running a command, a synthetic cohort, checkpoints of networks for it."""
 
 import csv
 import gzip
@@ -25,44 +25,50 @@ TINY = "--epochs 1 --crop 32 32 32 --filters 8 --pool 8 --dim 4 --amp off --work
 TINIER = [*TINY, *"--crop 16 16 16 --pool 4".split()]
 
 
-def _run(*command, cwd=REPO, ok=None, stdout=subprocess.PIPE):
-    """Runs `python script argument ...` -> its CompletedProcess, stdout and stderr as text.
+@pytest.fixture(scope="session")
+def run():
+    def run_script(*command, ok=None, stdout=subprocess.PIPE):
+        """Runs `python script argument ...` -> its CompletedProcess, stdout and stderr as text.
 
-    script: as seen from the repository's root, an absolute path, or an option of python's such as "-m".
-    ok: the exit code that is asserted, if given. stdout: where that goes.
-    """
-    script, *arguments = map(str, command)
-    script = script if script.startswith("-") else REPO / script
-    # A script finds what lies beside it and nothing else; tests beside each other do not fight for the cores.
-    unset = ("PYTHONPATH", "PYTHONUNBUFFERED", "RANK", "WORLD_SIZE", "LOCAL_RANK")
-    environment = {name: value for name, value in os.environ.items() if name not in unset}
-    environment["OMP_NUM_THREADS"] = "1"
-    process = subprocess.run([sys.executable, script, *arguments], cwd=cwd, env=environment, timeout=600,
-                             stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE,
-                             encoding="utf-8")
-    output = f"\n{process.stdout}\n{process.stderr}"
-    assert ok is None or process.returncode == ok, f"exit code {process.returncode}, expected {ok}{output}"
-    return process
+        script: as seen from the repository's root, an absolute path, or an option of python's such as "-m".
+        ok: the exit code that is asserted, if given. stdout: where that goes.
+        """
+        script, *arguments = map(str, command)
+        script = script if script.startswith("-") else REPO / script
+        # A script finds what lies beside it and nothing else; tests side by side do not fight for the cores.
+        unset = ("PYTHONPATH", "PYTHONUNBUFFERED", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+        environment = {name: value for name, value in os.environ.items() if name not in unset}
+        environment["OMP_NUM_THREADS"] = "1"
+        process = subprocess.run([sys.executable, script, *arguments], cwd=REPO, env=environment, timeout=600,
+                                 stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE,
+                                 encoding="utf-8")
+        output = f"\n{process.stdout}\n{process.stderr}"
+        assert ok is None or process.returncode == ok, f"exit code {process.returncode}, not {ok}{output}"
+        return process
+    return run_script
 
 
-def _call(script, *arguments, ok=None, encoding="utf-8"):
-    """The same in this process, which spares the import of PyTorch -> exit code, stdout, stderr."""
-    main, parent, leave = importlib.import_module(script.removesuffix(".py")).main, os.getpid(), os._exit
-    streams, code = [io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2)], None
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [script, *map(str, arguments)])
-        patch.setattr(sys, "stdout", streams[0])
-        patch.setattr(sys, "stderr", streams[1])
-        # run_command's way out is ours to catch; a reading process must keep its own.
-        patch.setattr(os, "_exit", lambda code: sys.exit(code) if os.getpid() == parent else leave(code))
-        try:
-            main() if script == "ensemble.py" else importlib.import_module("data").run_command(main)
-        except SystemExit as end:
-            code = end.code
-    [stream.seek(0) for stream in streams]
-    result = code or 0, *(stream.read() for stream in streams)
-    assert ok is None or result[0] == ok, result
-    return result
+@pytest.fixture(scope="session")
+def call():
+    def call_script(script, *arguments, ok=None, encoding="utf-8"):
+        """The same in this process, which spares the import of PyTorch -> exit code, stdout, stderr."""
+        main, parent, leave = importlib.import_module(script.removesuffix(".py")).main, os.getpid(), os._exit
+        streams, code = [io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2)], None
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [script, *map(str, arguments)])
+            patch.setattr(sys, "stdout", streams[0])
+            patch.setattr(sys, "stderr", streams[1])
+            # run_command's way out is ours to catch; a reading process must keep its own.
+            patch.setattr(os, "_exit", lambda code: sys.exit(code) if os.getpid() == parent else leave(code))
+            try:
+                main() if script == "ensemble.py" else importlib.import_module("data").run_command(main)
+            except SystemExit as end:
+                code = end.code
+        [stream.seek(0) for stream in streams]
+        result = code or 0, *(stream.read() for stream in streams)
+        assert ok is None or result[0] == ok, result
+        return result
+    return call_script
 
 
 def read_rows(path):
@@ -92,28 +98,18 @@ def free_port():
 
 
 @pytest.fixture(scope="session")
-def run():
-    return _run
-
-
-@pytest.fixture(scope="session")
-def call():
-    return _call
-
-
-@pytest.fixture(scope="session")
-def cohort(tmp_path_factory):
+def cohort(call, tmp_path_factory):
     """The folder of 6 synthetic cases, BraTS2021_00000 to 00005, 32x32x32. Tests only read it."""
     folder = tmp_path_factory.mktemp("phantom") / "cohort"
-    _run("examples/phantom.py", folder, "--cases", 6, "--shape", 32, 32, 32, ok=0)
+    call("phantom.py", folder, "--cases", 6, "--shape", 32, 32, 32, ok=0)
     return folder
 
 
 @pytest.fixture(scope="session")
-def checkpoint(cohort, tmp_path_factory):
+def checkpoint(call, cohort, tmp_path_factory):
     """best.pt of one epoch of fold 0 of 2 on `cohort`, log.csv and last.pt beside it. Tests only read it."""
     out = tmp_path_factory.mktemp("runs") / "fold0"
-    _run("train.py", "--data", cohort, "--folds", 2, "--out", out, *TINY, ok=0)
+    call("train.py", "--data", cohort, "--folds", 2, "--out", out, *TINY, ok=0)
     return out / "best.pt"
 
 
@@ -130,11 +126,3 @@ def networks(checkpoint, tmp_path_factory):
         torch.save(content, paths[-1])
         content |= {"train_cases": content["val_cases"], "val_cases": content["train_cases"]}
     return paths
-
-
-@pytest.fixture(scope="session")
-def real_case():
-    """The folder of real BraTS cases, one or more, that the environment variable BRATS_DATA names."""
-    if not os.environ.get("BRATS_DATA"):
-        pytest.skip("BRATS_DATA names no folder of real cases")
-    return Path(os.environ["BRATS_DATA"])

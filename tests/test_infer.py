@@ -1,4 +1,4 @@
-"""infer.py: Dice and HD95, prediction by windows, the tables, checkpoints, the command."""
+"""infer.py: Dice and HD95, prediction by windows, the table, the command."""
 
 import itertools
 
@@ -9,7 +9,7 @@ import torch
 
 import infer
 from conftest import read_rows, voxels
-from data import find_cases, labels_to_regions, load_case, normalize, regions_to_labels
+from data import find_cases, labels_to_regions, load_case, normalize, read_volume, regions_to_labels
 from infer import axis_windows, choose_window, dice, hausdorff95, load_checkpoint, predict, score
 from segresnet import SegResNet
 
@@ -20,32 +20,29 @@ def model():
     return SegResNet(filters=8).eval()
 
 
-@pytest.fixture(params=[np.asarray, torch.as_tensor], ids=["array", "tensor"])
-def mask(request):
-    """Makes a 20x20x20 mask of boxes, as a NumPy array and as a tensor."""
-    def make(*boxes):
-        volume = np.zeros((20, 20, 20), bool)
-        for box in boxes:
-            volume[box] = True
-        return request.param(volume)
-    return make
+def mask(*boxes):
+    """A 20x20x20 mask of boxes."""
+    volume = np.zeros((20, 20, 20), bool)
+    for box in boxes:
+        volume[box] = True
+    return volume
 
 
 # ---- section 4: Dice and Hausdorff95 ----------------------------------------------------------------------
 
 
-def test_dice_by_hand(mask):
+def test_dice_by_hand():
     a, b = mask((slice(0, 4), 0, 0)), mask((slice(2, 8), 0, 0))
     assert dice(a, b) == dice(b, a) == 2 * 2 / (4 + 6) and dice(a, a) == 1
 
 
-def test_empty_regions_count_as_in_brats(mask):
+def test_empty_regions_count_as_in_brats():
     one, none = mask((3, 4, 5)), mask()
     assert dice(none, none) == 1 and dice(one, none) == dice(none, one) == 0
     assert hausdorff95(none, none) == 0 and hausdorff95(one, none) == hausdorff95(none, one) == 373.13
 
 
-def test_hausdorff95_by_hand(mask):
+def test_hausdorff95_by_hand():
     here, there = mask((3, 4, 5)), mask((6, 8, 5))
     assert hausdorff95(here, there) == pytest.approx(5)                             # a 3-4-5 triangle
     assert hausdorff95(here, there, spacing=(2, 1, 1)) == pytest.approx(52**0.5)    # 6 mm and 4 mm
@@ -156,7 +153,7 @@ def test_flips_are_the_mean_over_eight_mirrorings(model):
     assert (network(model, image) - expected).abs().max() > 1e-3
 
 
-# ---- tables and checkpoints -------------------------------------------------------------------------------
+# ---- the table --------------------------------------------------------------------------------------------
 
 
 def test_the_table_has_a_line_a_fold_and_the_mean_by_hand(capsys):
@@ -171,21 +168,7 @@ def test_the_table_has_a_line_a_fold_and_the_mean_by_hand(capsys):
                          "(mean ± sd over cases)"]
 
 
-def test_a_checkpoint_has_the_first_editions_names(checkpoint):
-    content = torch.load(checkpoint, weights_only=True)
-    names = [*content["model"]]
-    assert len(names) == 33
-    assert names[:3] == ["init_conv.weight", "encoder_block0.conv1.weight", "encoder_block0.conv2.weight"]
-    assert names[-3:] == ["decoder_block0.conv2.weight", "decoder_end.2.weight", "decoder_end.2.bias"]
-    assert {"encoder_down3.weight", "encoder_block3.3.conv2.weight", "decoder_up2.0.weight"} < {*names}
-    assert {"train_cases", "val_cases"} < {*content}
-    assert {"filters", "norm", "crop", "amp", "fold"} < {*content["settings"]}
-
-
 # ---- the command ------------------------------------------------------------------------------------------
-
-
-THERE, BACK = [[2, 1], [0, -1], [1, -1]], [[1, -1], [2, -1], [0, 1]]    # axes and flips
 
 
 @pytest.fixture(scope="module")
@@ -193,45 +176,35 @@ def cohorts(cohort, tmp_path_factory):
     """`cohort`, and its first case stored along other axes."""
     folder, first = tmp_path_factory.mktemp("turned"), find_cases(cohort)[0]
     for path in (*first.images, first.label):
-        image = nib.load(path).as_reoriented(np.array(THERE))
+        image = nib.load(path).as_reoriented(np.array([[2, 1], [0, -1], [1, -1]]))    # axes and flips
         nib.save(image, folder / path.name.replace(first.name, "turned"))
     return [cohort, folder]
 
 
 @pytest.fixture(scope="module")
-def predicted(run, cohorts, networks, tmp_path_factory):
+def predicted(call, cohorts, networks, tmp_path_factory):
     """The folder of one call's predictions, maps and table, for all `cohorts` by the first network."""
     out = tmp_path_factory.mktemp("predicted") / "out"
-    done = run("infer.py", *cohorts, "--checkpoints", networks[0], "--out", out, "--probabilities", ok=0)
-    assert "3 cases were trained on" in done.stdout and "7 of 7 cases done" in done.stdout
+    flags = "--checkpoints", networks[0], "--out", out, "--probabilities"
+    _, printed, _ = call("infer.py", *cohorts, *flags, ok=0)
+    assert "3 cases were trained on" in printed and "7 of 7 cases done" in printed
     return out
 
 
-def scores_of(path):
-    """{case: its row} of a table."""
-    return {row["case"]: row for row in read_rows(path)}
-
-
-def test_the_command_writes_what_predict_and_score_give(predicted, cohort, networks):
-    model, rows = load_checkpoint(networks[0])["model"], scores_of(predicted.with_name("out.csv"))
-    for case in find_cases(cohort):    # stored in LPS, as in memory
+def test_the_command_writes_what_predict_and_score_give(predicted, cohorts, networks):
+    model, rows = load_checkpoint(networks[0])["model"], read_rows(predicted.with_name("out.csv"))
+    for case, row in zip((*find_cases(cohorts[0]), *find_cases(cohorts[1])), rows, strict=True):
         image, target, _ = load_case(case)
         maps = predict(model, normalize(image), (32, 32, 32))
-        labels, written = regions_to_labels(maps > 0.5), voxels(predicted / f"{case.name}.nii.gz")
+        labels, path = regions_to_labels(maps > 0.5), predicted / f"{case.name}.nii.gz"
+        written, _ = read_volume(path)    # in LPS again
         assert np.array_equal(written, labels) and {*np.unique(written)} == {0, 1, 2, 4}
-        written = np.moveaxis(voxels(predicted / f"probabilities/{case.name}.nii.gz"), 3, 0)
-        assert written.dtype == np.float32 and np.abs(written - maps.numpy()).max() < 1e-6
-        scores = [float(rows[case.name][column]) for column in infer.COLUMNS]
-        assert scores == pytest.approx(score(labels, target, (1, 1, 1)), rel=1e-5)
-
-
-def test_predictions_are_in_the_cases_orientation(predicted, cohorts):
-    written, like = nib.load(predicted / "turned.nii.gz"), nib.load(cohorts[1] / "turned_t1.nii.gz")
-    assert np.array_equal(written.affine, like.affine) and nib.aff2axcodes(written.affine) == tuple("AIL")
-    back = written.as_reoriented(np.array(BACK)).dataobj
-    assert np.array_equal(back, voxels(predicted / "BraTS2021_00000.nii.gz"))
-    rows = scores_of(predicted.with_name("out.csv"))
-    assert rows["turned"] | {"case": ""} == rows["BraTS2021_00000"] | {"case": ""}
+        assert np.array_equal(nib.load(path).affine, nib.load(case.images[0]).affine)
+        for channel in range(3):
+            written, _ = read_volume(predicted / "probabilities" / path.name, channel)
+            assert written.dtype == np.float32 and np.abs(written - maps[channel].numpy()).max() < 1e-6
+        scores, expected = [float(row[column]) for column in infer.COLUMNS], score(labels, target, (1, 1, 1))
+        assert row["case"] == case.name and scores == pytest.approx(expected, rel=1e-5)
 
 
 def test_two_ranks_share_the_cases_and_give_the_same_table(run, predicted, cohorts, networks, tmp_path):
@@ -242,18 +215,16 @@ def test_two_ranks_share_the_cases_and_give_the_same_table(run, predicted, cohor
         assert np.array_equal(voxels(tmp_path / "out" / path.name), voxels(path))
 
 
-@pytest.mark.parametrize("fold, flips", [(0, False), (1, True)])
-def test_held_out_and_flips_reach_the_networks(call, cohort, networks, tmp_path, fold, flips):
-    mine, out = load_checkpoint(networks[fold]), tmp_path / "out"
+def test_held_out_and_flips_reach_the_networks(call, cohort, networks, tmp_path):
+    mine, flags = load_checkpoint(networks[1]), ["--held-out", "--flips", "--out", tmp_path / "out"]
     case = next(case for case in find_cases(cohort) if case.name in mine["val_cases"])
-    flags = ["--held-out", *["--flips"] * flips, "--out", out]
     _, printed, _ = call("infer.py", case.label.parent, "--checkpoints", *networks, *flags, ok=0)
     assert "trained on" not in printed
-    maps = predict(mine["model"], normalize(load_case(case)[0]), (32, 32, 32), flips)
-    assert np.array_equal(voxels(out / f"{case.name}.nii.gz"), regions_to_labels(maps > 0.5))
-    assert scores_of(tmp_path / "out.csv")[case.name]["fold"] == str(fold)
-    _, _, error = call("infer.py", case.label.parent, "--score", out, ok=2)    # would lose the folds
-    assert f"{tmp_path / 'out.csv'}: is there" in error
+    maps = predict(mine["model"], normalize(load_case(case)[0]), (32, 32, 32), flips=True)
+    assert np.array_equal(voxels(tmp_path / f"out/{case.name}.nii.gz"), regions_to_labels(maps > 0.5))
+    assert [row["fold"] for row in read_rows(tmp_path / "out.csv")] == ["1"]
+    _, _, error = call("infer.py", case.label.parent, "--score", tmp_path / "out", ok=2)
+    assert f"{tmp_path / 'out.csv'}: is there" in error    # would lose the folds
 
 
 @pytest.mark.parametrize("there", ["another.nii.gz", "probabilities/another.nii.gz"])
