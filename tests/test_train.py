@@ -1,5 +1,6 @@
 """train.py: the paper's step, its mean over ranks, schedule and epochs; the command's log and checkpoints."""
 
+import inspect
 import math
 import re
 import shutil
@@ -75,6 +76,8 @@ def test_defaults_are_the_papers(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     args = train.parse_arguments()
     assert (args.epochs, args.lr, args.weight_decay, args.folds) == (300, 1e-4, 1e-5, 5)
+    assert args.validate_every == 5
+    assert inspect.signature(infer.predict).parameters["roi"].default == (192, 192, 144)
     assert (args.crop, args.lambd, args.pool) == ([192, 192, 144], 0.005, 16)
     assert (args.dim, args.barlow_weight, args.filters, args.norm) == (128, 1 / 128, 32, "instance")
     assert args.out == Path("runs/fold0") and args.cache == Path("runs/cache")
@@ -114,7 +117,7 @@ def test_the_logs_arithmetic_and_what_checkpoints_hold(cohort, checkpoint):
 
 
 def test_two_ranks_are_the_mean_of_both_in_one_process(run, cohort, tmp_path):
-    """Five cases on two ranks: three steps, the last with a case of the first; one case to validate."""
+    """Five cases on two ranks: three steps, the last with a case of the first."""
     run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *SMALL,
         "--data", cohort, "--out", tmp_path / "out", "--folds", 6, "--epochs", 1, ok=0)
     (held_out,) = split_folds(find_cases(cohort), 6, 0)[0]
@@ -136,9 +139,19 @@ def test_two_ranks_are_the_mean_of_both_in_one_process(run, cohort, tmp_path):
     trained = torch.load(tmp_path / "out/last.pt", weights_only=True)["views"]
     for name, weight in views.state_dict().items():
         assert (trained[name] - weight).abs().mean() < 1e-5, name    # three steps are up to 3e-3
-    network = infer.load_checkpoint(tmp_path / "out/last.pt")["model"]
-    dices = train.validate(network, [held_out], (16, 16, 16), FLOAT32, 0, 1, torch.device("cpu"))
-    assert [float(row[f"dice_{region}"]) for region in ("et", "tc", "wt")] == pytest.approx(dices, abs=1e-5)
+
+
+def test_two_ranks_share_the_cases_to_validate(cohort, networks, monkeypatch):
+    network, cases, shares = infer.load_checkpoint(networks[0])["model"], find_cases(cohort)[:5], []
+
+    def add_up(total):
+        shares.append(total.clone())
+        total.copy_(sum(shares))
+
+    monkeypatch.setattr(train.dist, "all_reduce", add_up)
+    alone, _, both = [train.validate(network, cases, (32, 32, 32), FLOAT32, rank, world, torch.device("cpu"))
+                      for rank, world in ((0, 1), (0, 2), (1, 2))]
+    assert min(alone) > 0.01 and both == pytest.approx(alone) and (shares[0] != shares[1]).all()
 
 
 def test_an_epoch_that_ends_in_nan_is_not_saved(call, cohort, tmp_path, monkeypatch):
