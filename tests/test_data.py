@@ -426,3 +426,17 @@ def test_a_saved_volume_lies_where_its_voxels_were(tmp_path, code, ending, sform
     d, h, w = (np.linalg.inv(LPS) @ world)[:3].round(1).astype(int)
     in_memory = np.moveaxis(volume, 0, -1) if what == "maps" else volume
     assert np.array_equal(array[tuple(places)], in_memory[d, h, w])
+
+
+# ---- the command: what it finds is test_cohorts.py's and test_bad_input.py's ------------------------------
+
+
+def test_a_terminal_sees_count_rate_and_time_left(capsys, monkeypatch):
+    monkeypatch.setattr(data.time, "monotonic", lambda: 110.0)
+    data.show_progress("checking", 20, 100, 100.0)    # a log gets nothing
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    data.show_progress("checking", 20, 100, 100.0)
+    data.show_progress("checking", 100, 100, 100.0)    # and the line is empty again
+    line = "\rchecking {}, {} left\x1b[K"
+    assert capsys.readouterr().out == (line.format("20/100, 2.00/s", "00:00:40")
+                                       + line.format("100/100, 10.00/s", "00:00:00") + "\r\x1b[K")
