@@ -187,7 +187,7 @@ def predicted(call, cohorts, networks, tmp_path_factory):
     out = tmp_path_factory.mktemp("predicted") / "out"
     flags = "--checkpoints", networks[0], "--out", out, "--probabilities"
     _, printed, _ = call("infer.py", *cohorts, *flags, ok=0)
-    assert all(words in printed for words in ("3 cases were trained on", "\n7/7 turned\n", "7 of 7 cases done"))
+    assert all(text in printed for text in ("3 cases were trained on", "\n7/7 turned\n", "7 of 7 cases done"))
     return out
 
 
