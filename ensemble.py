@@ -84,6 +84,12 @@ METHODS = {"confidence": confidence_ensemble, "geometric": geometric_mean_ensemb
 nib.imageglobals.logger.setLevel("CRITICAL")    # it logs what it then raises
 
 
+def lies_outside(inner, outer):
+    """Whether most of a region is not where the next larger one is: the order of the maps is another."""
+    stray, largest = (inner & ~outer).sum(), max(inner.sum(), outer.sum())
+    return bool(outer.any()) and stray > max(inner.sum() / 2, largest / 10)
+
+
 def load_maps(paths):
     """Paths of one case's maps -> (N, 3, X, Y, Z) float32, and the first one's image. Raises ValueError."""
     maps, first = [], None
@@ -99,12 +105,13 @@ def load_maps(paths):
             if not (volume.min() > -1e-3 and volume.max() < 1.001):    # so NaN too; resampling overshoots
                 raise ValueError(f"values {volume.min():g} to {volume.max():g}, not [0, 1]")
             et, tc, wt = volume > 0.5
-            for inner, outer in ((et, tc), (tc, wt)):    # a young network may have a few stray voxels outside
-                if outer.any() and (inner & ~outer).sum() > max(inner.sum() / 2, (et | tc | wt).sum() / 10):
-                    raise ValueError("most of a region lies outside the next larger one")
+            if lies_outside(tc, wt):
+                raise ValueError("most of TC lies outside WT")
         except Exception as error:    # nibabel, gzip and zlib each raise their own kinds for a damaged file
             what = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise ValueError(f"{path}: {what}; expected ET, TC, WT as maps in NIfTI, in [0, 1]") from None
+        if lies_outside(et, tc):    # as in maps of a young network, so it is not refused
+            print(f"warning: {path}: most of ET lies outside TC, expected the order ET, TC, WT")
         maps.append(volume.clamp(0, 1))
     return torch.stack(maps), first
 
@@ -144,8 +151,10 @@ def merge(folders, out, method, labels):
     for path in (folder / name for folder in folders for name in names or ["*.nii.gz"]):
         if not path.exists():
             raise ValueError(f"{path}: no such file, expected every case in every FOLDER")
-    if len({folder.resolve() for folder in (*folders, out)}) <= len(folders):
-        raise ValueError(f"--out {out}: FOLDER and --out name one folder twice, expected each once")
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ValueError("FOLDER: one folder is given twice and would count twice, expected each once")
+    if there := next(out.glob("[!.]*.nii.gz"), None):
+        raise ValueError(f"--out {out}: {there} is there, expected an empty or a new folder")
     if labels and len({*labels} & {*range(1, 256)}) < 3:
         raise ValueError(f"--labels {labels}: expected three different numbers from 1 to 255")
     out.mkdir(parents=True, exist_ok=True)

@@ -377,8 +377,11 @@ def main():
     cases, chosen = choose(args)
     out = (args.score or args.out).resolve()
     table = out.with_name(f"{out.name}.csv")
-    if args.score and table.exists():    # it may have been written with the predictions, and have folds
-        raise InputError(f"{table}: is there, expected no scores yet; move it away")
+    if args.score and not args.score.is_dir():
+        raise InputError(f"--score {args.score}: no such folder, expected <case>.nii.gz in one")
+    if args.score and table.exists():
+        if any(row.get("fold") for row in csv.DictReader(table.read_text().splitlines())):
+            raise InputError(f"{table}: has scores by fold, expected none that would be lost; move it away")
     if not args.score:
         for place in (args.out, args.out / "probabilities"):    # before ranks meet: none has written yet
             if there := next(place.glob("[!.]*.nii.gz"), None):

@@ -292,8 +292,9 @@ def test_what_argparse_refuses(call, places, tmp_path, monkeypatch, line, found)
     ("infer.py {cohort} --checkpoints {best} {run}/./best.pt", "--checkpoints: one is given twice"),
     ("infer.py {seen} --checkpoints {best} --held-out", "--held-out: no case"),
     ("infer.py {bare} --score {run}", "{bare}: no case has a segmentation"),
-    ("ensemble.py --out out {maps} {maps}", "one folder twice"),
-    ("ensemble.py --out {maps}/../maps {maps}", "one folder twice"),
+    ("ensemble.py --out out {maps} {maps}/../maps", "FOLDER: one folder is given twice"),
+    ("ensemble.py --out {maps} {maps}", "--out {maps}: {maps}/map.nii.gz is there, expected an empty"),
+    ("infer.py {cohort} --score {file}", "--score {file}: no such folder"),
     ("ensemble.py --out out {maps} --labels 1 2 300", "--labels"),
     ("ensemble.py --out out {maps} --labels 1 1 1", "--labels"),
 ])
@@ -354,7 +355,7 @@ def test_a_flag_with_a_home_folder_goes_there(call, cohort, places, tmp_path, mo
     monkeypatch.setenv("HOME", str(tmp_path))    # the shell expands ~/folder, but not --flag=~/folder
     call("ensemble.py", "--out=~/merged", places["maps"], ok=0)
     assert files(tmp_path) == ["merged/map.nii.gz"]
-    assert f"{tmp_path}/none/BraTS2021_00000.nii.gz: " in call("infer.py", cohort, "--score=~/none", ok=1)[1]
+    assert is_one_line(call("infer.py", cohort, "--score=~/none"), "infer.py", f"--score {tmp_path}/none: no")
     assert is_one_line(call("train.py", "--data=~/none", "--out=~/out", *TINY), "train.py", tmp_path / "none")
 
 

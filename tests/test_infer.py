@@ -224,7 +224,7 @@ def test_held_out_and_flips_reach_the_networks(call, cohort, networks, tmp_path)
     assert np.array_equal(voxels(tmp_path / f"out/{case.name}.nii.gz"), regions_to_labels(maps > 0.5))
     assert [row["fold"] for row in read_rows(tmp_path / "out.csv")] == ["1"]
     _, _, error = call("infer.py", case.label.parent, "--score", tmp_path / "out", ok=2)
-    assert f"{tmp_path / 'out.csv'}: is there" in error    # would lose the folds
+    assert f"{tmp_path / 'out.csv'}: has scores by fold" in error
 
 
 @pytest.mark.parametrize("there", ["another.nii.gz", "probabilities/another.nii.gz"])
