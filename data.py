@@ -334,7 +334,7 @@ def read_labels(path, labels=IN_MEMORY, background=()):
     A number within 0.01 of an integer counts as that. Raises InputError for any other label.
     """
     array, affine = read_volume(path)
-    found = np.full(array.shape, 255, np.uint8)    # 255: none of those we know
+    found = np.full_like(array, 255, np.uint8)    # 255: none of those we know
     for ours, theirs in zip((0, 1, 2, 4), ((0, *background), *labels)):
         for label in theirs:
             found[abs(array - np.int16(label)) < 0.01] = ours
@@ -342,7 +342,7 @@ def read_labels(path, labels=IN_MEMORY, background=()):
         wrong = ", ".join(f"{value:.7g}" for value in np.unique(array[found == 255])[:3])
         expected = ", ".join(map(str, sorted({0, *background, *sum(labels, ())})))
         raise InputError(f"{path}: has label {wrong}, expected {expected}, or --labels for what others mean")
-    return torch.from_numpy(found), affine
+    return torch.from_numpy(np.ascontiguousarray(found)), affine
 
 
 def load_case(case):
@@ -357,8 +357,9 @@ def load_case(case):
     affine = volumes[0][1]
     for path, (volume, its_affine) in zip((*case.images, case.label), volumes):
         check_same_grid(path, volume, its_affine, case.images[0], volumes[0][0], affine)
+    image = np.empty((4, *volumes[0][0].shape), np.float32)    # C order, whatever the files' is
     with np.errstate(over="ignore"):    # too large for float32 becomes infinite
-        image = np.stack([volume.astype(np.float32, order="C") for volume, _ in volumes[:4]])
+        np.stack([volume for volume, _ in volumes[:4]], out=image, casting="unsafe")
     for path, channel in zip(case.images, image):
         if not (np.isfinite(channel).all() and channel.any()):
             raise InputError(f"{path}: holds NaN or infinite voxels, or zeros alone, expected a brain")
@@ -377,7 +378,7 @@ def check_same_grid(path, volume, affine, other_path, other_volume, other_affine
 def doubts(image, affine):
     """What looks unsuitable in a case that can be read, a string each. image: (4, D, H, W) as stored."""
     sides = nib.affines.voxel_sizes(affine)
-    filled = (image != 0).float().mean((1, 2, 3))    # (4,)
+    filled = np.array([np.count_nonzero(channel != 0) / channel.size for channel in image.numpy()])    # (4,)
     least = f"{MODALITIES[filled.argmin()]} in {filled.min():.0%}"
     found = [f"{name} is not zero in {share:.0%} of the volume, {least}, expected zeros outside the brain"
              for name, share in zip(MODALITIES, filled) if share > 0.95 or share > 2 * filled.min()]
