@@ -85,7 +85,10 @@ nib.imageglobals.logger.setLevel("CRITICAL")    # it logs what it then raises
 
 
 def lies_outside(inner, outer):
-    """Whether most of a region is not where the next larger one is: the order of the maps is another."""
+    """Whether most of a region lies outside the next larger one, as where the order is another.
+
+    A few stray voxels, less than a tenth of the larger one, do not count.
+    """
     stray, largest = (inner & ~outer).sum(), max(inner.sum(), outer.sum())
     return bool(outer.any()) and stray > max(inner.sum() / 2, largest / 10)
 

@@ -79,7 +79,7 @@ def predict(model, image, roi=(192, 192, 144), flips=False):
 
 
 def choose_window(image, crop):
-    """The `roi` for an image (4, D, H, W): as large as the brain, at least `crop`, else at most 192x192x144.
+    """The `roi` for an image (4, D, H, W): sides of the brain, at most 192x192x144, but at least `crop`.
 
     Why: a small window may hold no tumour. Eq. 4 has no gradient for such a crop, so no network learns to
     leave it empty, and instance norm scales up whatever it holds. For the paper's crop this changes nothing.
@@ -380,7 +380,7 @@ def main():
     if args.score and not args.score.is_dir():
         raise InputError(f"--score {args.score}: no such folder, expected <case>.nii.gz in one")
     if args.score and table.exists():
-        if any(row.get("fold") for row in csv.DictReader(table.read_text().splitlines())):
+        if any(row.get("fold") for row in csv.DictReader(table.open(errors="replace"))):
             raise InputError(f"{table}: has scores by fold, expected none that would be lost; move it away")
     if not args.score:
         for place in (args.out, args.out / "probabilities"):    # before ranks meet: none has written yet

@@ -111,11 +111,14 @@ def test_the_projector_by_hand():
 
 
 def test_the_papers_projector_is_a_3_layer_mlp_over_1296_rows():
+    # A feature that says which cell of 16x16x16 it is in: row r must be cell r. (1, 1, 192, 192, 144)
+    cells = torch.arange(1296.0).view(1, 1, 12, 12, 9)
+    features = cells.repeat_interleave(16, 2).repeat_interleave(16, 3).repeat_interleave(16, 4)
     projector = Projector()
     layers = [tuple(layer.weight.shape) for layer in projector.mlp if isinstance(layer, nn.Linear)]
     assert layers == [(128, 32), (128, 128), (128, 128)]
     projector.mlp = nn.Identity()
-    assert projector(torch.zeros(1, 1, 192, 192, 144)).shape == (1296, 1)    # a row a cell of 16x16x16
+    assert torch.equal(projector(features), torch.arange(1296.0).view(1296, 1))
 
 
 # ---- where the paper is silent -----------------------------------------------------------------------------
@@ -138,6 +141,7 @@ def test_a_constant_feature_is_uncorrelated_and_harmless(constant, both):
 
 def test_the_loss_of_nan_is_nan():
     z_a, z_b = two_views(dtype=torch.float32)
+    assert barlow_twins_loss(torch.full_like(z_a, torch.nan), torch.full_like(z_b, torch.nan)).isnan()
     z_a[3, 2] = torch.nan
     assert barlow_twins_loss(z_a, z_b).isnan() and barlow_twins_loss(z_b, z_a).isnan()
     p_pred = torch.ones(1, 2, 2, 2, 2)

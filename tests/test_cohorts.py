@@ -95,7 +95,7 @@ def test_predictions_are_in_the_layouts_own_labels(layouts, networks, tmp_path, 
             assert set(np.unique(same)) == {0, 1, 2, 4} and written.shape == (32, 32, 32)
             assert np.array_equal(written.dataobj, recoded(same, *LABELS[like]))
             assert np.array_equal(written.affine, source.affine) and written.header["xyzt_units"] == 2    # mm
-        rows = read_rows(table)    # brats2021's are by hand in test_infer.py
+        rows = read_rows(table)    # brats2021's are test_infer.py's
         tables.append([[row[column] for column in infer.COLUMNS] for row in rows])
         assert tables[-1] == tables[0] and len(rows) == 4
         table.unlink()

@@ -44,6 +44,7 @@ def test_empty_regions_count_as_in_brats():
 
 def test_hausdorff95_by_hand():
     here, there = mask((3, 4, 5)), mask((6, 8, 5))
+    assert infer.surface(here).tolist() == [[3, 4, 5]]
     assert hausdorff95(here, there) == pytest.approx(5)                             # a 3-4-5 triangle
     assert hausdorff95(here, there, spacing=(2, 1, 1)) == pytest.approx(52**0.5)    # 6 mm and 4 mm
     # 40 voxels are 0 away, one is 10: the 95th percentile of the 41 is number 38, counted from 0.

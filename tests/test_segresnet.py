@@ -1,5 +1,6 @@
 """segresnet.py against Table 1, known numbers of parameters, and MONAI's SegResNet with the same weights."""
 
+import inspect
 import re
 
 import pytest
@@ -74,10 +75,13 @@ def test_the_network_runs_the_rows_of_table_1():
     assert ran == expected
 
 
-@pytest.mark.parametrize("norm, expected", [("instance", 18_791_907), ("group", 18_798_627)])
-def test_number_of_parameters(norm, expected):
-    with torch.device("meta"):    # the paper's 32 filters
-        assert sum(p.numel() for p in SegResNet(norm=norm).parameters()) == expected
+@pytest.mark.parametrize("filters, plain, affine", [    # as MONAI's; 32 are the paper's
+    (8, 1_175_163, 1_176_843), (16, 4_698_867, 4_702_227), (32, 18_791_907, 18_798_627)])
+def test_number_of_parameters(filters, plain, affine):
+    for norm, expected in ("instance", plain), ("instance_affine", affine), ("group", affine):
+        with torch.device("meta"):
+            assert sum(p.numel() for p in SegResNet(filters=filters, norm=norm).parameters()) == expected
+    assert inspect.signature(SegResNet).parameters["filters"].default == 32
 
 
 @pytest.mark.parametrize("norm, filters, sides", [

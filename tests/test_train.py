@@ -58,6 +58,12 @@ def test_the_step_is_the_papers_equations_one_by_one():
         assert most > 0, name
         torch.testing.assert_close(gradient, by_hand, rtol=1e-4, atol=1e-5 * most + 1e-9)
 
+    losses = train.compute_losses(views, image, labels, 7, 0.0, 0.005, FLOAT32)    # at weight 0 Eq. 4 is left
+    alone = torch.autograd.grad(losses[1], [*views.network.parameters()], retain_graph=True)
+    losses[0].backward()
+    assert all(torch.equal(p.grad, gradient) for p, gradient in zip(views.network.parameters(), alone))
+    assert not any(p.grad.any() for p in views.projector.parameters())
+
 
 # ---- section 3.3, section 4 -------------------------------------------------------------------------------
 
@@ -136,9 +142,12 @@ def test_two_ranks_are_the_mean_of_both_in_one_process(run, cohort, tmp_path):
     (row,) = read_rows(tmp_path / "out/log.csv")
     found = [float(row[name]) for name in ("loss", "dice_loss", "barlow", "invariance", "redundancy")]
     assert found == pytest.approx((sums / 6).tolist(), rel=1e-3)
-    trained = torch.load(tmp_path / "out/last.pt", weights_only=True)["views"]
+    last = torch.load(tmp_path / "out/last.pt", weights_only=True)
     for name, weight in views.state_dict().items():
-        assert (trained[name] - weight).abs().mean() < 1e-5, name    # three steps are up to 3e-3
+        assert (last["views"][name] - weight).abs().mean() < 1e-5, name    # three steps are up to 3e-3
+    for i, state in optimizer.state_dict()["state"].items():    # weights alone do not tell a sum from a mean
+        difference = last["optimizer"]["state"][i]["exp_avg"] - state["exp_avg"]
+        assert difference.norm() <= 1e-2 * state["exp_avg"].norm(), i
 
 
 def test_two_ranks_share_the_cases_to_validate(cohort, networks, monkeypatch):
