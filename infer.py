@@ -17,9 +17,9 @@ import io
 import itertools
 import math
 import os
-import shutil
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,6 @@ import torch.distributed as dist
 import torch.distributed.nn.functional    # imported later, by DDP, it would keep Gloo's threads to the end
 from scipy.spatial import KDTree
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from data import (REGIONS, InputError, add_cohort_flags, brain_box, check_same_grid, describe, doubts,
                   find_cases, folder, labels_to_regions, load_case, normalize, read_labels, regions_to_labels,
@@ -254,37 +253,35 @@ def start_ranks(backend=None, timeout=None):
     return rank, world, device
 
 
-def free_shared_memory():
-    """Bytes of /dev/shm, through which a loader's processes hand over what they read."""
-    return shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else math.inf
-
-
 # ---- the loop over cases ----------------------------------------------------------------------------------
 
 def read_case(case, predictions=None):
     """A case's image (4, D, H, W) float32, normalised, truth (3, D, H, W) bool or None, affine, doubt.
 
     predictions: a folder whose segmentation of the case, labels (D, H, W), takes the image's place.
-    Where it cannot be read: the InputError, returned since a reading process would wrap what it raises.
+    Raises InputError for what cannot be read.
     """
-    try:
-        if predictions is None:
-            image, truth, affine = load_case(case)
-            return normalize(image), truth, affine, bool(doubts(image, affine))
-        path = predictions / f"{case.name}.nii.gz"
-        labels, affine = read_labels(path, case.naming.labels)
-        truth, its_affine = read_labels(case.label, case.naming.labels, case.naming.background)
-        check_same_grid(path, labels, affine, case.label, truth, its_affine)
-        return labels, labels_to_regions(truth), affine, False
-    except InputError as error:
-        return error
+    if predictions is None:
+        image, truth, affine = load_case(case)
+        return normalize(image), truth, affine, bool(doubts(image, affine))
+    path = predictions / f"{case.name}.nii.gz"
+    labels, affine = read_labels(path, case.naming.labels)
+    truth, its_affine = read_labels(case.label, case.naming.labels, case.naming.background)
+    check_same_grid(path, labels, affine, case.label, truth, its_affine)
+    return labels, labels_to_regions(truth), affine, False
 
 
-def read_ahead(cases, predictions=None):
-    """What `read_case` gives for each case; one process reads the next while this one is in use."""
-    workers = 1 if free_shared_memory() > 3 * 2**28 else 0    # room for three images on their way
-    return DataLoader(cases, batch_size=None, collate_fn=partial(read_case, predictions=predictions),
-                      num_workers=workers, timeout=600 * workers)
+def read_ahead(read, items, threads=1):
+    """A future of read(item) for each item in turn; `threads` threads read up to two each ahead of it.
+
+    Why threads: unpacking and copying release the interpreter's lock, and nothing is handed over.
+    """
+    readers, futures = ThreadPoolExecutor(threads), []
+    for item in items:
+        futures.append(readers.submit(read, item))
+        if len(futures) > 2 * threads:
+            yield futures.pop(0)
+    yield from futures
 
 
 def predict_case(case, image, checkpoints, args):
@@ -314,11 +311,10 @@ def run(cases, chosen, args, rank):
     chosen: {case's name: the checkpoints that predict it}.
     """
     rows, failures, doubtful, start = [], [], [], time.monotonic()
-    for done, (case, read) in enumerate(zip(cases, read_ahead(cases, args.score)), 1):
+    read = partial(read_case, predictions=args.score)
+    for done, (case, future) in enumerate(zip(cases, read_ahead(read, cases)), 1):
         try:
-            if isinstance(read, InputError):
-                raise read
-            volume, truth, affine, doubt = read
+            volume, truth, affine, doubt = future.result()
             doubtful += [case.name] * doubt
             labels = volume if args.score else predict_case(case, volume, chosen[case.name], args)
             if truth is not None:

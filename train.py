@@ -24,14 +24,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 from barlow import Projector, barlow_twins_terms, soft_dice_loss
 from data import (InputError, add_cohort_flags, augment, cache_entry, describe, find_cases, folder,
                   labels_to_regions, match, prepare, random_crop, random_flip, regions_to_labels, run_command,
                   save_tensors, show_progress, split_folds)
-from infer import (AMP, choose_precision, choose_window, dice, free_shared_memory, move_to, predict,
-                   read_ahead, start_ranks, write_csv)
+from infer import (AMP, choose_precision, choose_window, dice, move_to, predict, read_ahead, read_case,
+                   start_ranks, write_csv)
 from segresnet import NORMS, SegResNet
 
 # ---- the paper's step -------------------------------------------------------------------------------------
@@ -89,17 +88,16 @@ def case_generator(seed, epoch, name):
 def draw_sample(turn, crop, seed, cache=None):
     """`turn`, (epoch, case) -> image (4, *crop) float16, labels (1, *crop) uint8, the views' seed, doubt.
 
-    Where a file cannot be read: the error, returned since a reading process would wrap what it raises.
+    Raises InputError and OSError for what cannot be read.
     """
     epoch, case = turn
     generator = case_generator(seed, epoch, case.name)
-    try:
-        whole = prepare(case, cache)
-    except (InputError, OSError) as error:
-        return error
+    whole = prepare(case, cache)
     box = whole["image"], whole["labels"]
     image, labels = random_crop(*box, crop, generator, whole["corner"], whole["shape"])
     image, labels = random_flip(image, labels, generator)
+    if torch.cuda.is_available():    # page-locked: a GPU fetches it by itself
+        image = image.pin_memory()
     return image, labels, int(torch.randint(2**31, (), generator=generator)), whole["doubtful"]
 
 
@@ -160,10 +158,8 @@ def validate(network, cases, crop, autocast, rank, world, device):
     """The mean Dice of ET, TC, WT over whole cases, predicted and painted as `infer.py` would."""
     network.eval()
     total, share = torch.zeros(3, dtype=torch.float64, device=device), cases[rank::world]
-    for read in read_ahead(share):
-        if isinstance(read, InputError):
-            raise read
-        image, truth, *_ = read
+    for future in read_ahead(read_case, share):
+        image, truth, *_ = future.result()
         with autocast:
             probabilities = predict(network, image, choose_window(image, crop))
         painted = labels_to_regions(regions_to_labels(probabilities > 0.5))
@@ -180,7 +176,7 @@ NO_SETTINGS = ("data", "fold_list", "out", "cache", "workers")    # may differ b
 
 
 def check_room(args, precision, device, train_cases):
-    """Raises InputError for a crop that cannot be trained on, and too little shared memory or disk."""
+    """Raises InputError for a crop that cannot be trained on, and for too little room on the disk."""
     crop = " ".join(map(str, args.crop))
     if any(side % 8 for side in args.crop):
         raise InputError(f"--crop {crop}: expected multiples of 8; Table 1 halves three times")
@@ -191,11 +187,6 @@ def check_room(args, precision, device, train_cases):
         raise InputError(f"--pool {args.pool}: leaves less than two cells of --crop {crop}, expected less")
     if args.norm == "group" and args.filters % 8:
         raise InputError(f"--filters {args.filters}: expected a multiple of 8, the groups of --norm group")
-    readers = args.workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    samples = 3 * 9 * math.prod(args.crop) * readers    # bytes; a reader is two ahead
-    if samples > free_shared_memory():
-        raise InputError(f"/dev/shm: {free_shared_memory() / 1e6:.0f} MB free, expected {samples / 1e6:.0f} "
-                         "for samples on their way; see docker's --shm-size, or fewer --workers")
     if args.cache:
         args.cache.mkdir(parents=True, exist_ok=True)
         missing = sum(not cache_entry(case, args.cache).exists() for case in train_cases)
@@ -283,15 +274,11 @@ def train(args, rank, world, device):
     schedule = [(epoch, case) for epoch in range(first, args.epochs)
                 for case in epoch_order(train_cases, args.seed, epoch, world)[rank::world]]
     draw = partial(draw_sample, crop=args.crop, seed=args.seed, cache=args.cache)
-    samples = iter(DataLoader(    # one for all epochs, so that its workers read on while an epoch ends
-        schedule, batch_size=None, collate_fn=draw, num_workers=args.workers,
-        pin_memory=device.type == "cuda", timeout=600 if args.workers else 0))
+    samples = read_ahead(draw, schedule, args.workers)    # of all epochs: it reads on while one ends
     for epoch in range(first, args.epochs):
         start, sums = time.monotonic(), torch.zeros(6, dtype=torch.float64, device=device)
         for step, sample in zip(range(steps), samples):
-            if isinstance(sample, Exception):
-                raise sample
-            image, labels, seed, doubtful = sample
+            image, labels, seed, doubtful = sample.result()
             image, labels = (volume.to(device, non_blocking=True) for volume in (image, labels))
             lr = optimizer.param_groups[0]["lr"] = cosine(args.lr, epoch * steps + step, args.epochs * steps)
             losses = compute_losses(model, image, labels, seed, args.barlow_weight, args.lambd, autocast)
@@ -365,7 +352,7 @@ def parse_arguments():
     add("--fold-list", type=folder, metavar="FILE.json", help="a MONAI data list's folds in place of --folds")
     add("--out", type=folder, help="gets checkpoints and log; None is runs/fold<F> or runs/all")
     add("--cache", type=folder, help="of prepared cases, 30 MB each, or none; None is cache beside OUT")
-    add("--workers", type=at_least(0), help="processes a GPU that read and crop",
+    add("--workers", type=at_least(1), help="threads a GPU that read and crop",
         default=min(8, max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))))
     add("--seed", type=at_least(0), default=0, help="of weights, folds and samples")
     args = parser.parse_args()

@@ -47,7 +47,7 @@ IN_README = "a sample", "both views", "HD95", "a training step, 32", "a case"   
 
 
 def our_sample(case, crop):
-    torch.set_num_threads(1)    # as in a reading process
+    torch.set_num_threads(1)    # of one reader
     epochs, cache = itertools.count(), Path(tempfile.mkdtemp())
     return lambda: draw_sample((next(epochs), case), crop, 0, cache)
 

@@ -48,7 +48,7 @@ SMALL = ["--folds", "6", "--epochs", "4", "--lr", "1e-3", "--crop", "16", "16", 
 def start(out, rng):
     """Starts train.py, which prints into OUT.txt -> its process, as soon as that trains or has ended."""
     command = [sys.executable, ROOT / "train.py", *SMALL, "--out", out, "--data", out.with_name("cohort"),
-               "--workers", str(rng.randrange(3)), "--cache", rng.choice(("none", f"{out}-cache"))]
+               "--workers", str(rng.randrange(1, 4)), "--cache", rng.choice(("none", f"{out}-cache"))]
     with open(f"{out}.txt", "w") as log:
         run = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -82,7 +82,7 @@ def main():
     for pair in (0, 1), (2, 3):    # two networks at a time, each on a core of its own
         run(*(f"OMP_NUM_THREADS=1 python train.py --data {at}/train --folds {len(FOLDS)} --fold {fold} "
               f"--out {at}/fold{fold} --epochs 32 --lr 5e-3 --crop 32 32 32 --filters 4 "
-              f"--norm instance_affine --pool 4 --dim 48 --workers 0 --seed {seed}" for fold in pair))
+              f"--norm instance_affine --pool 4 --dim 48 --workers 1 --seed {seed}" for fold in pair))
     all_four = f"--checkpoints {at}/fold?/best.pt"
     run(f"OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 infer.py {at}/train {all_four} --held-out "
         f"--out {at}/held-out")    # Table 2

@@ -25,7 +25,7 @@ def seven(call, tmp_path_factory):
 
 def test_with_is_trained_as_train_py_trains(call, seven, tmp_path):
     call("train.py", "--data", seven, "--fold", "all", "--epochs", 2, "--crop", *QUICK.crop, "--filters", 8,
-         "--pool", 4, "--dim", 16, "--lr", 5e-3, "--seed", 3, "--workers", 0, "--out", tmp_path, ok=0)
+         "--pool", 4, "--dim", 16, "--lr", 5e-3, "--seed", 3, "--workers", 1, "--out", tmp_path, ok=0)
     theirs = torch.load(tmp_path / "last.pt", weights_only=True)["views"]
     views = ablation.fit(Run("", 7, "with", 3), QUICK._replace(steps=14), data.find_cases(seven), None)
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in views.state_dict().items())

@@ -1,4 +1,4 @@
-"""Training that is killed or stuck: one line, and the weights of a run left alone in the end."""
+"""Training that is killed or interrupted: the weights of a run left alone in the end, or one line."""
 
 import multiprocessing
 import os
@@ -13,14 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 import train
 from conftest import REPO, TINIER, free_port
 from data import find_cases, run_command, split_folds
 
 # three cases to train on: 3 steps an epoch on one process, 2 on two; three to validate after epochs 2 and 3
-SMALL = [*TINIER, "--folds", 2, "--epochs", 3, "--lr", "1e-3", "--validate-every", 2]    # and no readers
+SMALL = [*TINIER, "--folds", 2, "--epochs", 3, "--lr", "1e-3", "--validate-every", 2]
 FORKS = multiprocessing.get_context("forkserver")    # has train.py loaded: a start takes 0.1 s
 FORKS.set_forkserver_preload(["train"])
 
@@ -29,7 +28,6 @@ def command(arguments, environment, log, change):
     """train.py with its output in the file `log`. change(): what is done to it first."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background jobs ignore it
-    multiprocessing.set_start_method(None, force=True)    # for its readers, the platform's own again
     os.environ.update(environment)
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
@@ -106,7 +104,7 @@ def assert_ends_like(out, alone):
 
 
 def test_killed_at_a_random_moment_it_ends_equal(alone, cohort, tmp_path):
-    """With a cache and one reader a rank at first, then with two and none. test_fuzz.py kills one process."""
+    """With a cache and one reader a rank at first, then without and two. test_fuzz.py kills one process."""
     out, arguments = tmp_path / "out", ("--data", cohort, "--workers")
     started = start(out, *arguments, 1, "--cache", tmp_path / "cache", world=2)
     wait_for(out / "last.pt")
@@ -199,44 +197,25 @@ def test_another_number_of_ranks_is_refused(alone, cohort, tmp_path):
     assert_one_line(output, str(out / "last.pt"), "world 2, expected 1")
 
 
-# ---- interrupted, stuck -----------------------------------------------------------------------------------
-
-
-def test_ctrl_c_leaves_quietly(cohort, tmp_path):
-    started = start(tmp_path / "out", "--data", cohort, "--workers", 1, "--epochs", 1000)    # not over before
-    wait_for(tmp_path / "out" / "last.pt")
-    os.killpg(started[0].pid, signal.SIGINT)    # as a terminal does, to the readers too
-    codes, output = ended(tmp_path / "out", started)
-    assert codes == [130] and "Traceback" not in output and "error" not in output
-    assert torch.load(tmp_path / "out" / "last.pt", weights_only=True)["finished"] is False
+# ---- interrupted ------------------------------------------------------------------------------------------
 
 
 def reader_hangs():
-    torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5    # s, how long a reader is asked to end
-    train.DataLoader = lambda *arguments, **options: DataLoader(*arguments, **{**options, "timeout": 1})
-    train.prepare = lambda *_: time.sleep(3600)
+    def hang(*_):
+        Path(sys.argv[sys.argv.index("--out") + 1], "last.pt").touch()    # it hangs from now on
+        time.sleep(3600)
+    train.prepare = hang
 
 
-def reader_dies():
-    train.prepare = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-
-
-def little_shared_memory():
-    usage = shutil.disk_usage
-    shutil.disk_usage = lambda path: usage(path)._replace(**{"free": 10**6} if path == "/dev/shm" else {})
-    sys.argv += ["--crop", "64", "64", "64"]
-
-
-@pytest.mark.parametrize("change, words", [
-    (reader_hangs, ["DataLoader"]), (reader_dies, ["DataLoader"]),
-    (little_shared_memory, ["/dev/shm: 1 MB free", "expected 7 ", "--shm-size"])])
-def test_a_reader_without_hope_ends_the_run(cohort, tmp_path, change, words):
-    started = start(tmp_path / "out", "--data", cohort, "--workers", 1, change=change)
+@pytest.mark.parametrize("change", [None, reader_hangs])
+def test_ctrl_c_leaves_quietly(cohort, tmp_path, change):
+    started = start(tmp_path / "out", "--data", cohort, "--epochs", 1000, change=change)    # not over before
+    wait_for(tmp_path / "out" / "last.pt")
+    os.kill(started[0].pid, signal.SIGINT)
     codes, output = ended(tmp_path / "out", started)
-    assert codes == [2]
-    assert_one_line(output, *words)
-    with pytest.raises(ProcessLookupError):    # no reader is left in its group
-        os.killpg(started[0].pid, 0)
+    assert codes == [130] and "Traceback" not in output and "error" not in output
+    if not change:
+        assert torch.load(tmp_path / "out" / "last.pt", weights_only=True)["finished"] is False
 
 
 # ---- examples/slurm.sh ------------------------------------------------------------------------------------
