@@ -184,23 +184,22 @@ def regions_to_labels(regions, et_label=4):
 class Naming(NamedTuple):
     """A cohort's files and labels. A template is the end of a path, less .nii or .nii.gz; {} is the case."""
     cohort: str
-    images: tuple             # templates of t1, t1ce, t2, flair; t1ce's, with `case`, tells namings apart
-    segmentation: str         # its template
-    labels: tuple             # of necrosis, oedema, enhancing; the first of several is written; () unknown
-    background: tuple = ()    # the file's other labels
-    case: str = "[^/]+"       # pattern of {}
+    images: tuple          # templates of t1, t1ce, t2, flair; t1ce's, with `case`, tells namings apart
+    segmentation: str      # its template
+    labels: tuple          # of background, necrosis, oedema, enhancing; the first of several is written
+    case: str = "[^/]+"    # pattern of {}
     channels: tuple = (None, None, None, None)    # of t1, t1ce, t2, flair in a 4-D file
 
 
-IN_MEMORY = ((1,), (2,), (4,))    # our labels, whatever a file's are
+IN_MEMORY = ((0,), (1,), (2,), (4,))    # our labels, whatever a file's are
 _BRATS_2023 = ("{}-t1n", "{}-t1c", "{}-t2w", "{}-t2f")
 NAMINGS = (
     Naming("BraTS 2017-2021", ("{}_t1", "{}_t1ce", "{}_t2", "{}_flair"), "{}_seg", IN_MEMORY),
-    Naming("BraTS 2023 and later", _BRATS_2023, "{}-seg", ((1,), (2,), (3,)), (4,), "(?!BraTS-PED)[^/]+"),
-    Naming("BraTS-PED", _BRATS_2023, "{}-seg", (), (), "BraTS-PED[^/]+"),
+    Naming("BraTS 2023 and later", _BRATS_2023, "{}-seg", ((0, 4), (1,), (2,), (3,)), "(?!BraTS-PED)[^/]+"),
+    Naming("BraTS-PED", _BRATS_2023, "{}-seg", ((0,),), "BraTS-PED[^/]+"),    # labels by year
     Naming("UCSF-PDGM", ("{}_T1", "{}_T1c", "{}_T2", "{}_FLAIR"), "{}_tumor_segmentation", IN_MEMORY),
     Naming("UPENN-GBM", ("{}_T1", "{}_T1GD", "{}_T2", "{}_FLAIR"), "images_segm/{}_segm", IN_MEMORY),
-    Naming("Decathlon Task01_BrainTumour", ("imagesT[rs]/{}",) * 4, "labelsTr/{}", ((2,), (1,), (3,)), (),
+    Naming("Decathlon Task01_BrainTumour", ("imagesT[rs]/{}",) * 4, "labelsTr/{}", ((0,), (2,), (1,), (3,)),
            r"BRATS_\d+", (1, 2, 3, 0)),
 )
 TIME_POINT = r"(?<=-\d{5})-\d{3}$|(?<=^UCSF-PDGM-\d{4})_FU.*$|(?<=^UPENN-GBM-\d{5})_\d\d$"    # of a case
@@ -229,25 +228,27 @@ def choose_naming(root, paths, names, labels):
     namings = NAMINGS
     if names:
         *images, segmentation = ["{}" + re.escape(name) for name in names]
-        namings = [Naming("these --names", tuple(images), segmentation, ())]
+        namings = [Naming("these --names", tuple(images), segmentation, ((0,),))]
     found = [naming for naming in namings if any(match(naming, naming.images[1], path) for path in paths)]
     if len(found) != 1:
         what = " and ".join(f"files of {naming.cohort}" for naming in found) or "no case"
         raise InputError(f"{root}: {what}, expected <case>_{{t1,t1ce,t2,flair,seg}}.nii.gz, another naming "
                          "of README's, or --names; python examples/phantom.py DIR makes a cohort")
-    labels = labels or found[0].labels
-    known = sum(labels, ())
-    if not labels or len({*known} & {*range(1, 256)}) < len(known):
-        raise InputError(f"{root}: labels {labels or 'unknown'} of {found[0].cohort}, expected --labels, "
+    background, *theirs = found[0].labels
+    theirs = tuple(labels or theirs)
+    known = sum(theirs, ())
+    if not theirs or len({*known} & {*range(1, 256)}) < len(known):
+        raise InputError(f"{root}: labels {theirs or 'unknown'} of {found[0].cohort}, expected --labels, "
                          "different numbers up to 255 (BraTS-PED: 1 2 3 in 2023, 2,3 4 1 from 2024 on)")
-    rest = tuple(label for label in found[0].background if label not in known)
-    return found[0]._replace(labels=tuple(labels), background=rest)
+    background = tuple(label for label in background if label not in known)
+    return found[0]._replace(labels=(background, *theirs))
 
 
 def find_cases(root, names=None, labels=None):
     """The cases anywhere below the folder `root`, sorted by name; nothing is read but folder listings.
 
-    names: the endings of t1, t1ce, t2, flair, segmentation; labels: as IN_MEMORY; both in place of NAMINGS'.
+    names: the endings of t1, t1ce, t2, flair, segmentation; labels: ((1,), (2,), (4,)), say, of necrosis,
+    oedema, enhancing; both in place of a naming's own.
     Raises InputError for a folder that cannot be listed, no case, two namings, labels of unknown meaning, a
     file that is there twice.
     """
@@ -282,9 +283,9 @@ def describe(cases):
     """One line about a cohort."""
     text = f"{len(cases)} case(s) of {len({case.patient for case in cases})} patient(s)"
     for naming in sorted({case.naming for case in cases}):
-        labels = " ".join(",".join(map(str, label)) for label in naming.labels)
-        rest = "".join(f", {label} background" for label in naming.background)
-        text += f", named as {naming.cohort}; labels {labels} are necrosis, oedema, enhancing{rest}"
+        background, *labels = (",".join(map(str, label)) for label in naming.labels)
+        text += (f", named as {naming.cohort}; labels {' '.join(labels)} are necrosis, oedema, enhancing, "
+                 f"{background} background")
     return text
 
 
@@ -328,19 +329,19 @@ def read_volume(path, channel=None):
     return array, image.affine
 
 
-def read_labels(path, labels=IN_MEMORY, background=()):
-    """A file whose `labels` mean necrosis, oedema, enhancing -> 1, 2, 4 (D, H, W) uint8, and the affine; LPS.
+def read_labels(path, labels=IN_MEMORY):
+    """A file whose `labels` are a naming's -> 0, 1, 2, 4 (D, H, W) uint8, and the affine; both in LPS.
 
     A number within 0.01 of an integer counts as that. Raises InputError for any other label.
     """
     array, affine = read_volume(path)
     found = np.full_like(array, 255, np.uint8)    # 255: none of those we know
-    for ours, theirs in zip((0, 1, 2, 4), ((0, *background), *labels)):
+    for ours, theirs in zip((0, 1, 2, 4), labels):
         for label in theirs:
             found[abs(array - np.int16(label)) < 0.01] = ours
     if (found == 255).any():
         wrong = ", ".join(f"{value:.7g}" for value in np.unique(array[found == 255])[:3])
-        expected = ", ".join(map(str, sorted({0, *background, *sum(labels, ())})))
+        expected = ", ".join(map(str, sorted(sum(labels, ()))))
         raise InputError(f"{path}: has label {wrong}, expected {expected}, or --labels for what others mean")
     return torch.from_numpy(np.ascontiguousarray(found)), affine
 
@@ -353,7 +354,7 @@ def load_case(case):
     """
     volumes = [read_volume(path, channel) for path, channel in zip(case.images, case.naming.channels)]
     if case.label:
-        volumes.append(read_labels(case.label, case.naming.labels, case.naming.background))
+        volumes.append(read_labels(case.label, case.naming.labels))
     affine = volumes[0][1]
     for path, (volume, its_affine) in zip((*case.images, case.label), volumes):
         check_same_grid(path, volume, its_affine, case.images[0], volumes[0][0], affine)
@@ -392,11 +393,11 @@ def doubts(image, affine):
 def save_volume(path, volume, like, labels=IN_MEMORY):
     """Writes labels (D, H, W) uint8 or maps (3, D, H, W) float32, both LPS, in the space of the file `like`.
 
-    Maps become X, Y, Z, 3; `labels` are written for IN_MEMORY. Raises OSError.
+    Maps become X, Y, Z, 3; a naming's `labels` are written for IN_MEMORY. Raises OSError.
     """
     like, array = nib.load(like), np.asarray(volume)
     if array.ndim == 3:
-        array = np.array([0, labels[0][0], labels[1][0], 0, labels[2][0]], np.uint8)[array]
+        array = np.array([0, labels[1][0], labels[2][0], 0, labels[3][0]], np.uint8)[array]
     else:
         array = np.moveaxis(array, 0, -1)    # (D, H, W, 3)
     from_lps = nib.orientations.ornt_transform(LPS, nib.io_orientation(like.affine))

@@ -266,7 +266,7 @@ def read_case(case, predictions=None):
         return normalize(image), truth, affine, bool(doubts(image, affine))
     path = predictions / f"{case.name}.nii.gz"
     labels, affine = read_labels(path, case.naming.labels)
-    truth, its_affine = read_labels(case.label, case.naming.labels, case.naming.background)
+    truth, its_affine = read_labels(case.label, case.naming.labels)
     check_same_grid(path, labels, affine, case.label, truth, its_affine)
     return labels, labels_to_regions(truth), affine, False
 

@@ -219,16 +219,6 @@ def resume(path, expected, parts):
                      "use another --out")
 
 
-def check_finite(epoch, loss, views):
-    """Raises InputError for a weight that is NaN or infinite: one loss of NaN makes them all so.
-
-    Float16's scaler leaves such a step out, so the weights tell, not the loss.
-    """
-    if not all(weight.isfinite().all() for weight in views.parameters()):
-        raise InputError(f"epoch {epoch + 1}: weights are not finite, expected numbers; loss {loss:g}; "
-                         "it is not saved; try a lower --lr or --amp off")
-
-
 def log_row(epoch, lr, means, scores, seconds):
     """A row of log.csv: an epoch's losses, means over all steps and ranks, and the held-out cases' Dice."""
     losses = dict(zip(("loss", "dice_loss", "barlow", "invariance", "redundancy"), means))
@@ -294,7 +284,10 @@ def train(args, rank, world, device):
         if world > 1:
             dist.all_reduce(sums)
         *means, doubtful = (sums / (steps * world)).tolist()    # doubtful: a share
-        check_finite(epoch, means[0], views)
+        # The weights tell, not the loss: float16's scaler leaves out a step that overflows.
+        if not all(weight.isfinite().all() for weight in views.parameters()):
+            raise InputError(f"epoch {epoch + 1}: weights are not finite, loss {means[0]:g}, expected numbers; "
+                             "nothing is saved; try a lower --lr or --amp off")
         scores, better = [], False
         if val_cases and ((epoch + 1) % args.validate_every == 0 or epoch + 1 == args.epochs):
             scores = validate(network, val_cases, args.crop, autocast, rank, world, device)
