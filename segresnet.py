@@ -46,15 +46,14 @@ class ResBlock(nn.Module):
     def __init__(self, channels, norm):
         super().__init__()
         self.norm1 = make_norm(norm, channels)
-        self.relu1 = nn.ReLU(inplace=True)
         self.conv1 = nn.Conv3d(channels, channels, 3, padding=1, bias=False)
         self.norm2 = make_norm(norm, channels)
-        self.relu2 = nn.ReLU(inplace=True)
         self.conv2 = nn.Conv3d(channels, channels, 3, padding=1, bias=False)
+        self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x):
-        y = norm_relu_conv(x, self.norm1, self.relu1, self.conv1)
-        y = norm_relu_conv(y, self.norm2, self.relu2, self.conv2)
+        y = norm_relu_conv(x, self.norm1, self.relu, self.conv1)
+        y = norm_relu_conv(y, self.norm2, self.relu, self.conv2)
         return x + y
 
 
