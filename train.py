@@ -286,7 +286,7 @@ def train(args, rank, world, device):
         *means, doubtful = (sums / (steps * world)).tolist()    # doubtful: a share
         # The weights tell, not the loss: float16's scaler leaves out a step that overflows.
         if not all(weight.isfinite().all() for weight in views.parameters()):
-            raise InputError(f"epoch {epoch + 1}: weights are not finite, loss {means[0]:g}, expected numbers; "
+            raise InputError(f"epoch {epoch + 1}: weights are not finite, expected numbers; loss {means[0]:g}; "
                              "nothing is saved; try a lower --lr or --amp off")
         scores, better = [], False
         if val_cases and ((epoch + 1) % args.validate_every == 0 or epoch + 1 == args.epochs):
