@@ -17,8 +17,10 @@ import os
 import re
 import sys
 import time
+import traceback
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -423,7 +425,7 @@ def write_whole(path, content, prefix=".part"):
 
 
 def save_tensors(path, content, prefix=".part"):
-    """torch.save, all of it or nothing. Raises OSError; torch.save to a full disk raises a RuntimeError."""
+    """torch.save, all of it or nothing. Raises OSError, unlike torch.save, which to a full disk does not."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_whole(path, buffer.getbuffer(), prefix)
@@ -474,7 +476,7 @@ def show_progress(what, done, total, start):
     """In a terminal, one line that rewrites itself: count, rate, time left. `start` is a time.monotonic()."""
     if sys.stdout.isatty():
         rate = done / max(time.monotonic() - start, 1e-9)
-        left = time.strftime("%H:%M:%S", time.gmtime((total - done) / rate))
+        left = timedelta(seconds=int((total - done) / rate))
         end = "\r\033[K" * (done == total)
         print(f"\r{what} {done}/{total}, {rate:.2f}/s, {left} left\033[K", end=end, flush=True)
 
@@ -498,7 +500,7 @@ def add_cohort_flags(parser):
 
 
 def run_command(main):
-    """Runs main() -> exit code. What the user can mend is one line and exit code 2; Ctrl-C is 130."""
+    """Runs main() and exits with its code. What the user can mend is one line and code 2; Ctrl-C is 130."""
     sys.stdout.reconfigure(errors="replace", line_buffering=True)    # a log need not be UTF-8
     try:
         code = main()
@@ -506,14 +508,16 @@ def run_command(main):
         code = 130
     except BrokenPipeError:    # a reader such as `head` has left
         code = 141
-    except (InputError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "onnection" not in str(error):    # of a rank that has left
-            raise
+    except Exception as error:
+        told = isinstance(error, (InputError, OSError)) or "onnection" in str(error)    # to a rank that left
         if isinstance(error, OSError):
             error = f"{error.filename or 'output'}: {error.strerror or error}"
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        code = 2
-    os._exit(code or 0)    # not through an exit that waits for the threads of other libraries
+        if told:
+            print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        code = 2 if told else 1
+    os._exit(code or 0)    # an exit that waits for nothing: not for readers, nor the threads of libraries
 
 
 def check(case):

@@ -28,7 +28,7 @@ import nibabel as nib
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional    # imported later, by DDP, it would keep Gloo's threads to the end
+import torch.distributed.nn.functional    # imported later, by DDP, it would keep the group and Gloo's threads
 from scipy.spatial import KDTree
 from torch.nn import functional as F
 
@@ -265,7 +265,7 @@ def read_case(case, predictions=None):
         image, truth, affine = load_case(case)
         return normalize(image), truth, affine, bool(doubts(image, affine))
     path = predictions / f"{case.name}.nii.gz"
-    labels, affine = read_labels(path, case.naming.labels)
+    labels, affine = read_labels(path, ((0,), *case.naming.labels[1:]))    # without the truth's background
     truth, its_affine = read_labels(case.label, case.naming.labels)
     check_same_grid(path, labels, affine, case.label, truth, its_affine)
     return labels, labels_to_regions(truth), affine, False
@@ -274,7 +274,7 @@ def read_case(case, predictions=None):
 def read_ahead(read, items, threads=1):
     """A future of read(item) for each item in turn; `threads` threads read up to two each ahead of it.
 
-    Why threads: unpacking and copying release the interpreter's lock, and nothing is handed over.
+    Why threads: unpacking and copying release the interpreter's lock, and no image is copied once more.
     """
     readers, futures = ThreadPoolExecutor(threads), []
     for item in items:

@@ -88,7 +88,7 @@ def case_generator(seed, epoch, name):
 def draw_sample(turn, crop, seed, cache=None):
     """`turn`, (epoch, case) -> image (4, *crop) float16, labels (1, *crop) uint8, the views' seed, doubt.
 
-    Raises InputError and OSError for what cannot be read.
+    Raises InputError and OSError for what cannot be read, or kept in the cache.
     """
     epoch, case = turn
     generator = case_generator(seed, epoch, case.name)
@@ -286,8 +286,8 @@ def train(args, rank, world, device):
         *means, doubtful = (sums / (steps * world)).tolist()    # doubtful: a share
         # The weights tell, not the loss: float16's scaler leaves out a step that overflows.
         if not all(weight.isfinite().all() for weight in views.parameters()):
-            raise InputError(f"epoch {epoch + 1}: weights are not finite, expected numbers; loss {means[0]:g}; "
-                             "nothing is saved; try a lower --lr or --amp off")
+            raise InputError(f"epoch {epoch + 1}: weights are not finite, expected numbers; "
+                             f"loss {means[0]:g}; it is not saved; try a lower --lr or --amp off")
         scores, better = [], False
         if val_cases and ((epoch + 1) % args.validate_every == 0 or epoch + 1 == args.epochs):
             scores = validate(network, val_cases, args.crop, autocast, rank, world, device)

@@ -41,7 +41,7 @@ def read_regions(case, predictions):
     """-> the truth and what the folder `predictions` holds for a case, regions (3, D, H, W) bool each."""
     path = predictions / f"{case.name}.nii.gz"
     truth, affine = read_labels(case.label, case.naming.labels)
-    labels, its_affine = read_labels(path, case.naming.labels)
+    labels, its_affine = read_labels(path, ((0,), *case.naming.labels[1:]))
     check_same_grid(path, labels, its_affine, case.label, truth, affine)
     return labels_to_regions(truth), labels_to_regions(labels)
 

@@ -103,6 +103,16 @@ def test_predictions_are_in_the_layouts_own_labels(layouts, networks, tmp_path, 
         assert read_rows(table) == rows
 
 
+def test_predictions_in_another_years_labels_are_refused(layouts, tmp_path, call):
+    """4 is background in BraTS 2023's own segmentations, but in a prediction it is BraTS 2021's ET."""
+    case = find_cases(layouts / "brats2023")[0]
+    truth = np.array([0, 1, 2, 4], np.uint8)[voxels(case.label)]
+    phantom.save(tmp_path / "out" / f"{case.name}.nii.gz", truth)
+    _, printed, _ = call("infer.py", case.label.parent, "--score", tmp_path / "out", ok=1)
+    assert f"{case.name}.nii.gz: has label 4, expected 0, 1, 2, 3" in printed
+    assert not (tmp_path / "out.csv").exists()
+
+
 # ---- names, patients, folds -------------------------------------------------------------------------------
 
 

@@ -436,7 +436,9 @@ def test_a_terminal_sees_count_rate_and_time_left(capsys, monkeypatch):
     data.show_progress("checking", 20, 100, 100.0)    # a log gets nothing
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     data.show_progress("checking", 20, 100, 100.0)
+    data.show_progress("checking", 20, 10**6, 100.0)
     data.show_progress("checking", 100, 100, 100.0)    # and the line is empty again
     line = "\rchecking {}, {} left\x1b[K"
-    assert capsys.readouterr().out == (line.format("20/100, 2.00/s", "00:00:40")
-                                       + line.format("100/100, 10.00/s", "00:00:00") + "\r\x1b[K")
+    assert capsys.readouterr().out == (
+        line.format("20/100, 2.00/s", "0:00:40") + line.format("20/1000000, 2.00/s", "5 days, 18:53:10")
+        + line.format("100/100, 10.00/s", "0:00:00") + "\r\x1b[K")

@@ -208,6 +208,15 @@ def test_the_command_writes_what_predict_and_score_give(predicted, cohorts, netw
         assert row["case"] == case.name and scores == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_reading_ahead_keeps_order_and_stays_near(threads):
+    begun, seen = [], []
+    for future in infer.read_ahead(lambda item: begun.append(item) or item, range(20), threads):
+        seen.append(future.result())
+        assert len(begun) <= len(seen) + 2 * threads, "each holds an image in memory"
+    assert seen == list(range(20)) and not list(infer.read_ahead(seen.append, []))
+
+
 def test_two_ranks_share_the_cases_and_give_the_same_table(run, predicted, cohorts, networks, tmp_path):
     run("-m", "torch.distributed.run", "--nproc_per_node=2", "infer.py", *cohorts,
         "--checkpoints", networks[0], "--out", tmp_path / "out", ok=0)

@@ -218,6 +218,20 @@ def test_ctrl_c_leaves_quietly(cohort, tmp_path, change):
         assert torch.load(tmp_path / "out" / "last.pt", weights_only=True)["finished"] is False
 
 
+def reader_fails():
+    begun = []
+
+    def prepare(*_):
+        begun.append(None)
+        return 1 / 0 if len(begun) == 1 else time.sleep(3600)    # the next are still being read
+    train.prepare = prepare
+
+
+def test_a_bug_ends_the_run_with_its_traceback(cohort, tmp_path):
+    codes, output = ended(tmp_path / "out", start(tmp_path / "out", "--data", cohort, change=reader_fails))
+    assert codes == [1] and output.splitlines()[-1] == "ZeroDivisionError: division by zero"
+
+
 # ---- examples/slurm.sh ------------------------------------------------------------------------------------
 
 STAND_INS = {
