@@ -509,7 +509,8 @@ def run_command(main):
     except BrokenPipeError:    # a reader such as `head` has left
         code = 141
     except Exception as error:
-        told = isinstance(error, (InputError, OSError)) or "onnection" in str(error)    # to a rank that left
+        left = isinstance(error, RuntimeError) and "onnection" in str(error)    # to a rank that has left
+        told = left or isinstance(error, (InputError, OSError))
         if isinstance(error, OSError):
             error = f"{error.filename or 'output'}: {error.strerror or error}"
         if told:

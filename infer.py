@@ -28,7 +28,6 @@ import nibabel as nib
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional    # imported later, by DDP, it would keep the group and Gloo's threads
 from scipy.spatial import KDTree
 from torch.nn import functional as F
 
@@ -274,7 +273,7 @@ def read_case(case, predictions=None):
 def read_ahead(read, items, threads=1):
     """A future of read(item) for each item in turn; `threads` threads read up to two each ahead of it.
 
-    Why threads: unpacking and copying release the interpreter's lock, and no image is copied once more.
+    Why threads: unpacking and copying release the interpreter's lock, and images stay where they are.
     """
     readers, futures = ThreadPoolExecutor(threads), []
     for item in items:

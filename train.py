@@ -96,8 +96,8 @@ def draw_sample(turn, crop, seed, cache=None):
     box = whole["image"], whole["labels"]
     image, labels = random_crop(*box, crop, generator, whole["corner"], whole["shape"])
     image, labels = random_flip(image, labels, generator)
-    if torch.cuda.is_available():    # page-locked: a GPU fetches it by itself
-        image = image.pin_memory()
+    if torch.cuda.is_available():    # page-locked: a GPU fetches them by itself
+        image, labels = image.pin_memory(), labels.pin_memory()
     return image, labels, int(torch.randint(2**31, (), generator=generator)), whole["doubtful"]
 
 

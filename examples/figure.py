@@ -19,9 +19,8 @@ import numpy as np
 from matplotlib.patches import Patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import (REGIONS, InputError, brain_box, check_same_grid, find_cases, folder, labels_to_regions,
-                  load_case, read_labels, run_command)
-from infer import dice
+from data import REGIONS, InputError, brain_box, find_cases, folder, labels_to_regions, load_case, run_command
+from infer import dice, read_case
 
 # From the innermost region out: ET, what is left of TC outside it, what is left of WT outside that.
 COLOURS = {"enhancing tumour: ET": (1.00, 0.86, 0.10), "necrosis: TC, with yellow": (0.86, 0.13, 0.15),
@@ -39,11 +38,8 @@ plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.righ
 
 def read_regions(case, predictions):
     """-> the truth and what the folder `predictions` holds for a case, regions (3, D, H, W) bool each."""
-    path = predictions / f"{case.name}.nii.gz"
-    truth, affine = read_labels(case.label, case.naming.labels)
-    labels, its_affine = read_labels(path, ((0,), *case.naming.labels[1:]))
-    check_same_grid(path, labels, its_affine, case.label, truth, affine)
-    return labels_to_regions(truth), labels_to_regions(labels)
+    labels, truth, *_ = read_case(case, predictions)
+    return truth, labels_to_regions(labels)
 
 
 def choose(cases, predictions, name=None):

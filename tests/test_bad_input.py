@@ -326,7 +326,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(call, places, tmp_path, lin
     ("infer.py {cohort} --checkpoints {best} --out {tmp}/out --probabilities", 20_000, "out/probabilities/"),
     ("infer.py {cohort} --checkpoints {best} --out {tmp}/out", 100, "out/BraTS2021_00000.nii.gz"),
     ("infer.py {copy} --score {tmp}/scored", 20, "scored.csv"),
-    (f"train.py --data {{cohort}} --out {{tmp}}/out {' '.join(TINY)}", 20_000, "cache/BraTS2021_0000"),
+    (f"train.py --data {{copy}} --fold all --out {{tmp}}/out {' '.join(TINY)}", 20_000, "cache/BraTS2021_"),
     (f"train.py --data {{copy}} --fold all --out {{tmp}}/out --cache none {' '.join(TINY)}", 20_000,
      "out/last.pt"),
     ("ensemble.py --out {tmp}/out {maps}", 20, "out/map.nii.gz"),
